@@ -1,0 +1,32 @@
+"""The two errors a run ends with on purpose; everything else is a bug and keeps its traceback.
+
+`UserError` is what the user can mend (exit code 2); `GuardError` is the guard stopping a run that does not train (exit code 3).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something the user can mend, told in one line: `FILE:LINE: reason; how to mend`.
+
+    Args:
+        reason: what is wrong, naming the value seen.
+        mend: what to do about it, as an imperative; left out only where the reason already says it.
+        file: the file it was found in, if any.
+        line: its line, from 1.
+    """
+
+    def __init__(self, reason: str, mend: str = "", *, file: str | Path | None = None, line: int | None = None) -> None:
+        self.reason, self.mend, self.file, self.line = reason, mend, file, line
+        where = "" if file is None else f"{file}: " if line is None else f"{file}:{line}: "
+        super().__init__(" ".join((where + reason + (f"; {mend}" if mend else "")).split()))
+
+    def at(self, file: str | Path, line: int | None = None) -> UserError:
+        """The same error with its place filled in, for callers that know it."""
+        return UserError(self.reason, self.mend, file=file, line=line)
+
+
+class GuardError(RuntimeError):
+    """The guard stopped the run because it was not training; the message names the tensor and the step."""
