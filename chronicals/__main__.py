@@ -1,0 +1,5 @@
+"""`python -m chronicals` is `chronicals`."""
+
+from chronicals.cli import main
+
+main()

@@ -1,0 +1,197 @@
+"""The command line: parse, call, print. What a verb does lives in `commands/` or `train/`; heavy libraries load inside the verbs.
+
+Exit codes: 0 done; 1 a comparison past tolerance; 2 whatever the user can mend; 3 the guard stopped the run; 130 and 143 after SIGINT
+and SIGTERM. A bug of ours keeps its traceback and exits 70 (EX_SOFTWARE), so that no script takes it for a comparison.
+Left out: shell completion and colours in errors. An error is one plain line, for people, logs and scripts alike.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from chronicals import __version__
+from chronicals.errors import GuardError, UserError
+
+DONE, PAST_TOLERANCE, USER_ERROR, GUARD_STOPPED, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
+
+# Typer carries its own copy of click in new versions and imports it in old ones: the class is reached through a public descendant.
+ClickException: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The job, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[key=value...]", help="Values that replace the file's: learning_rate=2e-4 datasets.0.path=x.jsonl"
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="CHRONICALS_DEBUG", help="Show tracebacks of errors.")
+    ] = False,
+) -> None:
+    """Fine-tune Hugging Face decoder language models, and prove that they trained."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit(DONE)
+    if context.invoked_subcommand is None:
+        from chronicals.commands.welcome import welcome
+
+        verbs = context.command.commands  # type: ignore[attr-defined]
+        typer.echo(welcome({name: verb.get_short_help_str(limit=100) for name, verb in verbs.items()}))
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option("--model", help="The model to start from: a folder or a hub repository.")],
+    data: Annotated[
+        str, typer.Option("--data", help="The chats to learn: a file, a folder, a glob or a hub data set.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Where to write the job.")] = Path("chronicals.yaml"),
+) -> None:
+    """Write a commented YAML file to start from."""
+    from chronicals.commands.init import init
+
+    init(model, data, out)
+    typer.echo(f"wrote {out}. Next: chronicals inspect {out}, then chronicals train {out}")
+
+
+@app.command()
+def train(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="The job, a YAML file.")] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Prepare everything, print the header, stop before step 1.")
+    ] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of FILE and stop.")] = False,
+) -> int:
+    """Fine-tune a model as FILE says."""
+    from chronicals.config import TrainConfig
+
+    if schema:
+        typer.echo(json.dumps(TrainConfig.json_schema(), indent=2))
+        return DONE
+    if file is None:
+        raise UserError("train needs a FILE", "write one with: chronicals init --model MODEL --data DATA")
+    config = TrainConfig.load(file, overrides or ())
+    from chronicals.train.trainer import Trainer
+
+    return Trainer(config).train(dry_run=dry_run).exit_code
+
+
+@app.command()
+def chat(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="The tuned model: a run's output_dir, or any model folder.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Answer this and stop; without it: a terminal, or stdin.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy; default: as the model's own settings.")
+    ] = None,
+) -> None:
+    """Talk to the tuned model."""
+    from chronicals.commands.chat import chat
+
+    chat(folder, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+@app.command()
+def inspect(file: File, overrides: Overrides = None) -> None:
+    """Show what FILE would train: a sample with its loss mask, lengths, packing, steps."""
+    from rich.console import Console
+
+    from chronicals.commands.inspect import inspect
+    from chronicals.config import TrainConfig
+
+    inspect(TrainConfig.load(file, overrides or ()), Console())
+
+
+@app.command()
+def verify(model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub repository.")]) -> int:
+    """Compare our decoder with transformers on MODEL: logits, loss, every gradient."""
+    from rich.console import Console
+
+    from chronicals.commands.verify import verify
+
+    report = verify(model)
+    report.print(Console())
+    return DONE if report.passed else PAST_TOLERANCE
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output_dir.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write it; default: RUN/report.html.")] = None,
+) -> None:
+    """Write one self-contained HTML file about a run."""
+    from chronicals.commands.report import write_report
+
+    typer.echo(f"wrote {write_report(run, out)}")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check this machine: Python, torch, GPU, attention, disk; a mend for every red line."""
+    from chronicals.commands.doctor import diagnose
+
+    typer.echo(diagnose(as_json=as_json))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """One command line, from its arguments to its exit code. Errors are printed here and nowhere else."""
+    command = typer.main.get_command(app)
+    debug = False
+    try:
+        with command.make_context("chronicals", list(arguments)) as context:
+            debug = bool(context.params["debug"])
+            return command.invoke(context) or DONE
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except ClickException as error:
+        code, line = USER_ERROR, usage_error(error)
+    except UserError as error:
+        code, line = USER_ERROR, str(error)
+    except GuardError as error:
+        code, line = GUARD_STOPPED, " ".join(str(error).split())
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:  # noqa: BLE001  a bug: its traceback is the report
+        traceback.print_exc()
+        return BUG
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"error: {line}\n")
+    return code
+
+
+def usage_error(error: Any) -> str:
+    """What click says about a wrong command line, in our form: `reason; how to mend`."""
+    reason = " ".join(error.format_message().split()).rstrip(".")
+    command = "chronicals" if getattr(error, "ctx", None) is None else error.ctx.command_path
+    option = getattr(error, "option_name", None)
+    if option and command.endswith((" train", " inspect")):
+        return f"{reason}; write it as {option.lstrip('-')}=VALUE, or see: {command} --help"
+    return f"{reason}; see: {command} --help"
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
