@@ -1,7 +1,8 @@
-"""The command line: parse, call, print. What a verb does lives in `commands/` or `train/`; heavy libraries load inside the verbs.
+"""The command line: parse, call, print. What a verb does lives in `commands/` or `train/`; heavy libraries load there.
 
-Exit codes: 0 done; 1 a comparison past tolerance; 2 whatever the user can mend; 3 the guard stopped the run; 130 and 143 after SIGINT
-and SIGTERM. A bug of ours keeps its traceback and exits 70 (EX_SOFTWARE), so that no script takes it for a comparison.
+Exit codes: 0 done; 1 a comparison past tolerance; 2 whatever the user can mend; 3 the guard stopped the run; 130 and
+143 after SIGINT and SIGTERM. A bug of ours keeps its traceback and exits 70 (EX_SOFTWARE): no script takes it for a
+comparison.
 Left out: shell completion and colours in errors. An error is one plain line, for people, logs and scripts alike.
 """
 
@@ -21,7 +22,7 @@ from chronicals.errors import GuardError, UserError
 
 DONE, PAST_TOLERANCE, USER_ERROR, GUARD_STOPPED, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
 
-# Typer carries its own copy of click in new versions and imports it in old ones: the class is reached through a public descendant.
+# New versions of typer carry their own click, old ones import it: the class is reached through a public descendant.
 ClickException: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -30,7 +31,7 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="The job, a YAML file
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[key=value...]", help="Values that replace the file's: learning_rate=2e-4 datasets.0.path=x.jsonl"
+        metavar="[key=value...]", help="Replace the file's values: learning_rate=2e-4 datasets.0.path=x.jsonl"
     ),
 ]
 
@@ -39,9 +40,7 @@ Overrides = Annotated[
 def start(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", envvar="CHRONICALS_DEBUG", help="Show tracebacks of errors.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", envvar="CHRONICALS_DEBUG", help="Show tracebacks.")] = False,
 ) -> None:
     """Fine-tune Hugging Face decoder language models, and prove that they trained."""
     if version:
@@ -57,9 +56,7 @@ def start(
 @app.command()
 def init(
     model: Annotated[str, typer.Option("--model", help="The model to start from: a folder or a hub repository.")],
-    data: Annotated[
-        str, typer.Option("--data", help="The chats to learn: a file, a folder, a glob or a hub data set.")
-    ],
+    data: Annotated[str, typer.Option("--data", help="The chats to learn: a file, folder, glob or hub data set.")],
     out: Annotated[Path, typer.Option("--out", help="Where to write the job.")] = Path("chronicals.yaml"),
 ) -> None:
     """Write a commented YAML file to start from."""
@@ -73,9 +70,7 @@ def init(
 def train(
     file: Annotated[Path | None, typer.Argument(metavar="FILE", help="The job, a YAML file.")] = None,
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Prepare everything, print the header, stop before step 1.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the header, stop before step 1.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of FILE and stop.")] = False,
 ) -> int:
     """Fine-tune a model as FILE says."""
@@ -94,17 +89,11 @@ def train(
 
 @app.command()
 def chat(
-    folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="The tuned model: a run's output_dir, or any model folder.")
-    ],
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="Answer this and stop; without it: a terminal, or stdin.")
-    ] = None,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A run's output_dir, or any model.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and stop; default: stdin.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 is greedy; default: as the model's own settings.")
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy; default: the model's own.")] = None,
 ) -> None:
     """Talk to the tuned model."""
     from chronicals.commands.chat import chat

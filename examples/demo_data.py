@@ -1,7 +1,7 @@
 """The demo's text: every documented function, method and class of the Python standard library, as chats.
 
-The user's turn is a signature, the assistant's the first paragraph of its docstring, both read from the sources with `ast` (nothing is
-imported). Docstrings that occur twice are kept once, so that no answer of the evaluation set was seen in training.
+The user's turn is a signature, the assistant's the first paragraph of its docstring, both read from the sources with
+`ast` (nothing is imported). A docstring that occurs twice is kept once: no answer of the evaluation set is trained on.
 """
 
 from __future__ import annotations
@@ -13,61 +13,47 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-SKIPPED_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "__pycache__",
-    "lib2to3",
-    "pydoc_data",
-}
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data"}
 MAX_SIGNATURE, MIN_ANSWER, MAX_ANSWER = 300, 12, 400  # characters
 EVERY = 20  # every 20th pair is held out for evaluation
 
-Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
-
-def signature(node: Definition, path: str) -> str:
-    """`def json.dumps(obj, *, skipkeys=False, ...):` or `class json.JSONDecoder:`, on one line."""
+def signature(node: ast.AST, path: str) -> str:
+    """`def json.dumps(obj, *, skipkeys=False):` or `class json.JSONDecoder(object):`, on one line."""
     if isinstance(node, ast.ClassDef):
-        bases = ", ".join(ast.unparse(base) for base in node.bases)
-        return f"class {path}({bases}):" if bases else f"class {path}:"
-    keyword = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
+        return f"class {path}({', '.join(map(ast.unparse, node.bases))}):".replace("()", "")
+    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    return f"{keyword} {path}({ast.unparse(node.args)}){returns}:"
+    return f"def {path}({ast.unparse(node.args)}){returns}:"
 
 
-def definitions(node: ast.AST, path: str) -> Iterator[tuple[Definition, str]]:
-    """Every definition below `node` in source order, with its dotted path."""
+def definitions(node: ast.AST, path: str) -> Iterator[tuple[str, str]]:
+    """(signature, docstring) of every definition below `node`, in source order."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, Definition):
-            yield child, f"{path}.{child.name}"
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield signature(child, f"{path}.{child.name}"), inspect.cleandoc(ast.get_docstring(child) or "")
             yield from definitions(child, f"{path}.{child.name}")
 
 
 def pairs(root: Path) -> Iterator[tuple[str, str]]:
-    """(signature, first paragraph of the docstring) below `root`, in the order of the file names, each docstring once."""
+    """(signature, first paragraph of the docstring) below `root`, in the order of the files."""
     seen = set()
     for file in sorted(root.rglob("*.py")):
-        relative = file.relative_to(root)
-        if SKIPPED_FOLDERS & set(relative.parts):
+        parts = file.relative_to(root).with_suffix("").parts
+        if SKIPPED & set(parts):
             continue
-        module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-        for node, path in definitions(ast.parse(file.read_bytes()), module):
-            answer = " ".join(inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0].split())
-            question = signature(node, path)
+        for question, docstring in definitions(ast.parse(file.read_bytes()), ".".join(parts).removesuffix(".__init__")):
+            answer = " ".join(docstring.split("\n\n")[0].split())
             if answer not in seen and len(question) <= MAX_SIGNATURE and MIN_ANSWER <= len(answer) <= MAX_ANSWER:
                 seen.add(answer)
                 yield question, answer
 
 
-def write_chats(folder: Path, root: Path = Path(sysconfig.get_path("stdlib"))) -> None:
-    """`train.jsonl` and `eval.jsonl` in `folder`, one `messages` row a line."""
-    files = {name: (folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in ("train", "eval")}
-    for i, (question, answer) in enumerate(pairs(root)):
-        row = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-        print(json.dumps(row), file=files["eval" if i % EVERY == 0 else "train"])
-    for file in files.values():
-        file.close()
+def write_chats(folder: Path) -> None:
+    """`train.jsonl` and `eval.jsonl` in `folder`, one chat a line."""
+    chats = [
+        json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+        for question, answer in pairs(Path(sysconfig.get_path("stdlib")))
+    ]
+    (folder / "eval.jsonl").write_text("\n".join(chats[::EVERY]) + "\n", encoding="utf-8")
+    (folder / "train.jsonl").write_text("\n".join(c for i, c in enumerate(chats) if i % EVERY) + "\n", encoding="utf-8")

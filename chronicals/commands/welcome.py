@@ -1,7 +1,7 @@
 """What `chronicals` prints without arguments: version, device, a first run, one line per verb.
 
-It must answer at once, and importing torch takes seconds. So the device is read as torch would find it, without torch: which build
-is installed is written in `torch/version.py`, and the GPU's name comes from the CUDA driver through ctypes.
+It must answer at once, and importing torch takes seconds. So the device is read as torch would find it: which
+build is installed stands in `torch/version.py`, and the GPU's name comes from the CUDA driver through ctypes.
 Left out: ROCm's device name (the build is named, the device is not asked for).
 """
 

@@ -1,0 +1,106 @@
+"""`chronicals chat`: try the tuned model through transformers' own `generate`, as every other tool will run it.
+
+On a terminal it is a conversation; with `--prompt`, or with text on stdin, one question and one answer.
+Left out: our own sampling loop. What is tried here must be what was saved, loaded by somebody else's code.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from chronicals.errors import UserError
+
+FAREWELL = "Ctrl-D ends, /new starts a new conversation."
+
+
+def chat(
+    folder: str, *, prompt: str | None, system: str | None, max_new_tokens: int, temperature: float | None
+) -> None:
+    """Answers `prompt`, or all of stdin, or turn after turn on a terminal; the answers go to stdout as they are made.
+
+    Raises:
+        UserError: no model there, an empty question, or a system message for a model without a chat template.
+    """
+    interactive = prompt is None and sys.stdin.isatty()
+    question = prompt if prompt is not None or interactive else sys.stdin.read()
+    if question is not None and not question.strip():
+        raise UserError("the question is empty", "give one with --prompt or on stdin")
+    partner = Partner(model_folder(folder), system, max_new_tokens, temperature)
+    if question is not None:
+        partner.answer(question.strip("\n"))
+        return
+    sys.stdout.write(f"{folder} on {partner.model.device}. {FAREWELL}\n")
+    while (line := read_line()) is not None:
+        if line.strip() == "/new":
+            partner.restart()
+        elif line.strip():
+            partner.answer(line)
+
+
+def read_line() -> str | None:
+    """One line from the terminal; None at its end."""
+    try:
+        return input("\n> ")
+    except EOFError:
+        return None
+
+
+def model_folder(folder: str) -> Path:
+    """The folder with the model's files, local or from the hub; a run without its final model names its checkpoints."""
+    from chronicals.hub import resolve
+
+    path = Path(folder)
+    if not path.is_dir():
+        return resolve(folder)
+    if not (path / "config.json").is_file():
+        checkpoints = sorted(path.glob("checkpoint-*/config.json"), key=lambda p: int(p.parent.name.split("-")[-1]))
+        if checkpoints:
+            raise UserError(
+                "the run has no final model yet", f"try its last checkpoint: {checkpoints[-1].parent}", file=path
+            )
+        raise UserError("no model here (no config.json)", "give a run's output_dir or a model folder", file=path)
+    return path
+
+
+class Partner:
+    """The model, its tokenizer and the conversation so far."""
+
+    def __init__(self, path: Path, system: str | None, max_new_tokens: int, temperature: float | None) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        if system is not None and self.tokenizer.chat_template is None:
+            raise UserError("this model has no chat template, so no system message", "leave --system out", file=path)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
+        self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+        if temperature is not None:
+            self.options |= {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
+        self.system = system
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets everything but the system message."""
+        self.turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def answer(self, question: str) -> str:
+        """The model's next turn, streamed to stdout and remembered. Without a chat template: `question`, continued."""
+        from transformers import TextStreamer
+
+        if self.tokenizer.chat_template is None:
+            inputs = self.tokenizer(question, return_tensors="pt")
+        else:
+            self.turns.append({"role": "user", "content": question})
+            inputs = self.tokenizer.apply_chat_template(
+                self.turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        prompt_len = inputs["input_ids"].shape[1]
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        output = self.model.generate(**inputs.to(self.model.device), streamer=streamer, **self.options)
+        text = self.tokenizer.decode(output[0, prompt_len:], skip_special_tokens=True)
+        if self.tokenizer.chat_template is not None:
+            self.turns.append({"role": "assistant", "content": text})
+        return text
