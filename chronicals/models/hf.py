@@ -1,0 +1,288 @@
+"""Hugging Face checkpoints in and out: config.json and safetensors, streamed tensor by tensor, strict.
+
+This is the one place that knows both names of a tensor: fused weights (q, k, v; gate, up) come together on loading
+and apart in `hf_views`. Loading copies each tensor straight into its slice of ours, so no more than one is held
+twice. Saving writes each file aside, fsyncs it and renames it, so that a file under its final name is whole. Left
+out: pickled weights (`.bin`: loading one runs code), quantised checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from chronicals import hub
+from chronicals.errors import UserError
+from chronicals.kernels.ops import REFERENCE, Ops
+from chronicals.models.config import ModelConfig
+from chronicals.models.decoder import Decoder
+from chronicals.models.families import FAMILIES
+
+_CONFIG = "config.json"
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DOWNLOADS = (_CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+# old checkpoints store what is computed anyway
+_HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def load_model(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    ops: Ops = REFERENCE,
+    revision: str | None = None,
+) -> Decoder:
+    """A decoder with a checkpoint's weights.
+
+    Args:
+        path_or_id: folder with config.json and safetensors, or a hub repository.
+        dtype: of the parameters, whatever the checkpoint's.
+        device: of the parameters.
+        ops: the kernels to run it with.
+        revision: of a hub repository.
+
+    Raises:
+        UserError: no such model, an unsupported config.json, or a tensor that is missing, extra, misshapen or damaged.
+    """
+    folder = hub.resolve(path_or_id, revision=revision, allow_patterns=_DOWNLOADS)
+    config = load_config(folder)
+    stored = _stored_tensors(folder)
+    model = Decoder(config, ops, device=device, dtype=dtype)
+    wanted = dict(hf_views(model, {name: parameter.detach() for name, parameter in model.named_parameters()}))
+    _check_names(folder, stored, wanted, tied=config.tie_word_embeddings)
+    for file in sorted(set(stored.values())):
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if name in wanted:
+                    _check_tensor(file, name, tensors.get_slice(name), wanted[name])
+                    wanted[name].copy_(tensors.get_tensor(name))
+    if config.tie_word_embeddings and "lm_head.weight" in stored:
+        _check_tie(stored["lm_head.weight"], model)
+    return model
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The `ModelConfig` of a folder's config.json."""
+    file = folder / _CONFIG
+    if not file.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise UserError(
+            f"{folder} has no config.json" + (" but holds an adapter" if adapter else ""),
+            "give the base model's folder" if adapter else "give a folder that transformers can load",
+        )
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"this is not JSON ({error})", "download it again", file=file) from error
+    if not isinstance(data, dict):
+        raise UserError("this is not a JSON object", "download it again", file=file)
+    try:
+        return ModelConfig.from_hf(data)
+    except UserError as error:
+        raise UserError(error.reason.removeprefix("config.json: "), error.mend, file=file) from error
+
+
+def hf_views(model: Decoder, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names of tensors that are keyed and shaped like our parameters, with views into them.
+
+    Args:
+        model: whose parameters the keys name.
+        tensors: weights, gradients or optimizer states by our parameter names.
+
+    Yields:
+        (Hugging Face name, view): a fused tensor comes apart into its parts; a tied head is not repeated.
+    """
+    table = FAMILIES[model.config.family].tensors
+    for name, tensor in tensors.items():
+        layer = re.search(r"\.(\d+)\.", name)
+        index = layer.group(1) if layer else ""
+        parts = table[name.replace(f".{index}.", ".{i}.", 1) if layer else name]
+        sizes = _part_sizes(model.config, name) if len(parts) > 1 else [len(tensor)]
+        for part, view in zip(parts, tensor.split(sizes), strict=True):
+            yield part.format(i=index), view
+
+
+def _part_sizes(config: ModelConfig, name: str) -> list[int]:
+    if ".qkv_proj." in name:
+        keys = config.num_key_value_heads * config.head_dim
+        return [config.num_attention_heads * config.head_dim, keys, keys]
+    assert ".gate_up_proj." in name, name
+    return [config.intermediate_size] * 2
+
+
+def save_model(
+    model: Decoder, path: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: int = 5 * 2**30
+) -> None:
+    """Writes config.json and safetensors that transformers loads; weight files of an earlier save there are replaced.
+
+    Args:
+        model: the decoder.
+        path: folder, made where it does not exist.
+        dtype: of the saved weights; the parameters' own by default.
+        max_shard_size: bytes per file (a larger tensor gets a file of its own); more than one file comes with an index.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dict(hf_views(model, {name: parameter.detach() for name, parameter in model.named_parameters()}))
+    dtype = dtype or model.embed_tokens.weight.dtype
+    shards = _shards(weights, dtype, max_shard_size)
+    count = len(shards)
+    names = [_SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for file, shard in zip(names, shards, strict=True):
+        tensors = {name: weights[name].to("cpu", dtype).contiguous() for name in shard}
+        _write_aside(folder / file, lambda aside, tensors=tensors: save_file(tensors, aside, metadata={"format": "pt"}))
+    written = {*names}
+    if count > 1:
+        size = sum(weights[name].numel() for name in weights) * dtype.itemsize
+        index = {
+            "metadata": {"total_size": size},
+            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+        }
+        _write_json(folder / _INDEX, index)
+        written.add(_INDEX)
+    data = model.config.to_hf()
+    data["torch_dtype" if "torch_dtype" in data and "dtype" not in data else "dtype"] = str(dtype).removeprefix(
+        "torch."
+    )
+    _write_json(folder / _CONFIG, data)
+    for entry in folder.iterdir():
+        if _OURS.fullmatch(entry.name) and entry.name not in written:
+            entry.unlink()
+    _fsync(folder)
+
+
+def _shards(weights: Mapping[str, Tensor], dtype: torch.dtype, limit: int) -> list[list[str]]:
+    """Names per file, in order, each file at most `limit` bytes where a single tensor is not larger."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in weights.items():
+        size = tensor.numel() * dtype.itemsize
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_json(file: Path, data: Mapping[str, Any]) -> None:
+    _write_aside(file, lambda aside: aside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+
+
+def _write_aside(file: Path, write: Any) -> None:
+    aside = file.with_name(f".{file.name}.part")
+    write(aside)
+    _fsync(aside)
+    os.replace(aside, file)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _stored_tensors(folder: Path) -> dict[str, Path]:
+    """Tensor name -> its file, from the files' own headers; the index must agree with them."""
+    index_file = folder / _INDEX
+    if (folder / _SINGLE).is_file():
+        return dict.fromkeys(_names(folder / _SINGLE), folder / _SINGLE)
+    if not index_file.is_file():
+        raise _no_weights(folder)
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError("this is not a safetensors index", "download it again", file=index_file) from error
+    stored: dict[str, Path] = {}
+    for file_name in sorted(set(weight_map.values())):
+        file = folder / file_name
+        if not file.is_file():
+            raise UserError(
+                f"the file {file_name} that the index names is missing", "download it again", file=index_file
+            )
+        stored |= dict.fromkeys(_names(file), file)
+    for name, file_name in weight_map.items():
+        if stored.get(name) != folder / file_name:
+            raise UserError(
+                f"the index puts tensor {name} here, but it is not", "download it again", file=folder / file_name
+            )
+    return stored
+
+
+def _no_weights(folder: Path) -> UserError:
+    pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
+    if pickles:
+        return UserError(
+            f"{pickles[0]} is a pickle, which can run any code when loaded",
+            "convert it once where you trust it: AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)",
+        )
+    if parts := sorted(folder.glob("model-*.safetensors")):
+        return UserError(f"{parts[0].name} is there but {_INDEX} is not", "download the whole folder", file=folder)
+    return UserError(
+        f"{folder} has no {_SINGLE} and no {_INDEX}",
+        "give a folder with safetensors weights; a repository with .bin weights only is converted by "
+        "AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)",
+    )
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the file is damaged or cut short ({error})", "download it again", file=file) from error
+
+
+def _names(file: Path) -> list[str]:
+    with _open(file) as tensors:
+        return list(tensors.keys())
+
+
+def _check_names(folder: Path, stored: Mapping[str, Path], wanted: Mapping[str, Tensor], *, tied: bool) -> None:
+    mend = "take config.json and weights from the same repository"
+    for name in wanted:
+        if name not in stored:
+            raise UserError(f"tensor {name} is missing", mend, file=folder)
+    for name, file in stored.items():
+        duplicate = tied and name == "lm_head.weight"
+        if name not in wanted and not duplicate and not _HARMLESS.fullmatch(name):
+            raise UserError(f"tensor {name} does not belong to the model that config.json describes", mend, file=file)
+
+
+def _check_tensor(file: Path, name: str, stored: Any, wanted: Tensor) -> None:
+    shape = tuple(stored.get_shape())
+    if shape != tuple(wanted.shape):
+        raise UserError(
+            f"tensor {name} has shape {shape}, config.json asks for {tuple(wanted.shape)}",
+            "take config.json and weights from the same repository",
+            file=file,
+        )
+    if stored.get_dtype() not in _FLOATS:
+        raise UserError(
+            f"tensor {name} is stored as {stored.get_dtype()}", "use the checkpoint in 16 or 32 bits", file=file
+        )
+
+
+def _check_tie(file: Path, model: Decoder) -> None:
+    with _open(file) as tensors:
+        head = tensors.get_tensor("lm_head.weight").to(model.embed_tokens.weight)
+    if not torch.equal(head, model.embed_tokens.weight):
+        raise UserError(
+            "lm_head.weight differs from the embedding although config.json ties them",
+            "set tie_word_embeddings to false in config.json",
+            file=file,
+        )
