@@ -1,0 +1,465 @@
+"""The config: one flat, strict, frozen schema with the names that Axolotl uses; the other tools' names are aliases.
+
+`TrainConfig.load(file, overrides)` and `TrainConfig(**values)` go the same way: names are resolved (config_axolotl.py), pydantic
+checks each value, then `_check` looks at values together. Whatever is wrong is one `UserError` that names the line it was written in.
+A null is the same as leaving the key out. Left out: nested sections, environment variables in values, includes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from chronicals.config_axolotl import ALIASES, NOTES
+from chronicals.config_docs import schema_with_names
+from chronicals.config_names import Names
+from chronicals.config_yaml import KeyPath, Source, override, read
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class SpecialTokens(_Strict):
+    """Special tokens to use instead of the tokenizer's own; those it lacks are added."""
+
+    bos_token: str | None = None
+    """Begin of sequence."""
+    eos_token: str | None = None
+    """End of sequence."""
+    pad_token: str | None = None
+    """Padding; never trained on."""
+    unk_token: str | None = None
+    """Unknown."""
+    additional_special_tokens: list[str] | None = None
+    """Further tokens that are never split."""
+
+
+class DatasetEntry(_Strict):
+    """One data set: local files or a hub repository, and how its rows are read."""
+
+    path: str
+    """A file (JSON, JSONL, Parquet, Arrow, CSV; also .gz, .zst), a folder, a glob, or a hub repository."""
+    name: str | None = None
+    """The hub repository's subset."""
+    split: str = "train"
+    """Split, slices allowed: `train[:1%]`."""
+    data_files: list[str] | None = None
+    """Files to read inside `path`."""
+    ds_type: Literal["json", "csv", "parquet", "arrow"] | None = None
+    """File format, where the file's name does not say it."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    shards: Count | None = None
+    """Cut the rows into this many parts and take one of them."""
+    shards_idx: Annotated[int, Field(ge=0)] | None = None
+    """Which of the `shards` parts, from 0."""
+    type: Literal["chat_template", "sharegpt", "alpaca", "completion"] | None = None
+    """Row form; found from the column names where left out."""
+    field_messages: str | None = None
+    """Column of the turns (default `messages`, else `conversations`)."""
+    message_property_mappings: dict[str, str] | None = None
+    """Keys inside a turn: `{role: from, content: value}`."""
+    message_field_training: str | None = None
+    """Key inside a turn whose true or false overrides `roles_to_train` (default `train`)."""
+    roles: dict[str, list[str]] | None = None
+    """Role names of the rows: `{assistant: [gpt, bot], user: [human]}`, beside the usual ones."""
+    field_system: str | None = None
+    """Column of a system text (default `system`)."""
+    field_tools: str | None = None
+    """Column of tool definitions (default `tools`)."""
+    field_instruction: str | None = None
+    """Alpaca: column of the instruction (default `instruction`)."""
+    field_input: str | None = None
+    """Alpaca: column of the input (default `input`)."""
+    field_output: str | None = None
+    """Alpaca: column of the answer (default `output`)."""
+    field_prompt: str | None = None
+    """Column of the prompt (default `prompt`)."""
+    field_completion: str | None = None
+    """Column of the completion (default `completion`)."""
+    field: str | None = None
+    """Plain text: its column (default `text`)."""
+    chat_template: str | None = None
+    """As the config's `chat_template`, for these rows only."""
+    chat_template_jinja: str | None = None
+    """As the config's `chat_template_jinja`, for these rows only."""
+    roles_to_train: list[str] | None = None
+    """As the config's `roles_to_train`, for these rows only."""
+    train_on_eos: Literal["turn", "all", "last"] | None = None
+    """As the config's `train_on_eos`, for these rows only."""
+    train_on_inputs: bool | None = None
+    """As the config's `train_on_inputs`, for these rows only."""
+
+
+class TrainConfig(_Strict):
+    """Everything a training run is told, checked once. Only `base_model` and `datasets` have no default."""
+
+    # Model
+    base_model: str
+    """Folder or hub repository of the model to train."""
+    revision_of_model: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    reinit_weights: bool = False
+    """Start from random weights; `base_model` then needs no weights, only its config.json."""
+    # Tokenizer and chat template
+    tokenizer_config: str | None = None
+    """Folder or hub repository of the tokenizer, where it is not the model's."""
+    special_tokens: SpecialTokens | None = None
+    """`bos_token`, `eos_token`, `pad_token`, `unk_token`, `additional_special_tokens`."""
+    tokens: list[str] | None = None
+    """Tokens to add to the vocabulary; the embeddings grow with it."""
+    chat_template: str | None = None
+    """`tokenizer_default` (the tokenizer's own, as when left out), a built-in one (`chatml`, `llama3`, `gemma`, `mistral`,
+    `alpaca`), `tokenizer_default_fallback_NAME`, or `jinja`."""
+    chat_template_jinja: str | None = None
+    """A Jinja template, or the path of one."""
+    default_system_message: str | None = None
+    """System turn for chats without one."""
+    eot_tokens: list[str] | None = None
+    """Tokens that end a turn, where the template does not show it."""
+    roles_to_train: list[str] = ["assistant"]
+    """Roles whose turns are trained on: content and end-of-turn token."""
+    train_on_eos: Literal["turn", "all", "last"] = "turn"
+    """End-of-turn tokens to train on: of each trained turn, of all turns, or of the last trained turn."""
+    train_on_inputs: bool = False
+    """Train on the prompt too, all roles and all of the template."""
+    # Data
+    datasets: Annotated[list[DatasetEntry], Field(min_length=1)]
+    """What to train on; see the table of data set keys."""
+    test_datasets: Annotated[list[DatasetEntry], Field(min_length=1)] | None = None
+    """What to evaluate on, written like `datasets`."""
+    val_set_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0
+    """Held out of `datasets` for evaluation: a share below 1, or a number of documents."""
+    sequence_len: Count = 2048
+    """Slots of a bin, in tokens: the longest document."""
+    excess_length_strategy: Literal["drop", "truncate", "split"] = "drop"
+    """What happens to a document longer than `sequence_len`; counted and printed."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What happens at a row that cannot be used; skipped ones are counted and listed."""
+    dataset_prepared_path: str | None = None
+    """Where prepared data is kept (default `$XDG_CACHE_HOME/chronicals`)."""
+    dataset_processes: Count | None = None
+    """Processes that prepare data (default one a core)."""
+    sample_packing: bool = True
+    """Pack several documents into a bin; attention never crosses them."""
+    packing_algorithm: Literal["bfd", "ffd"] = "bfd"
+    """Best-Fit or First-Fit Decreasing."""
+    # Length of the run
+    micro_batch_size: Count = 1
+    """Bins in one forward and backward pass."""
+    gradient_accumulation_steps: Count = 1
+    """Passes to one optimizer step; what a step trains depends only on the product of the two."""
+    eval_batch_size: Count | None = None
+    """Bins in one evaluation pass (default `micro_batch_size`)."""
+    num_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Times through the data; may be a fraction."""
+    max_steps: Count | None = None
+    """Optimizer steps, where not `num_epochs` decides."""
+    # Optimizer
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW with float32 state; weight decay on matrices only."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate."""
+    lr_scheduler: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = "linear"
+    """What the learning rate does after warm-up; `linear` falls to zero."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps of linear warm-up."""
+    warmup_ratio: Share = 0.0
+    """Warm-up as a share of all steps."""
+    cosine_min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """`cosine`: the last learning rate over the peak."""
+    lr_decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """`warmup_stable_decay`: the share of all steps, at the end, that decay."""
+    adam_beta1: Share = 0.9
+    """Decay of the mean of gradients."""
+    adam_beta2: Share = 0.999
+    """Decay of the mean of their squares."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the latter."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay, of matrices."""
+    max_grad_norm: NotNegative = 1.0
+    """Gradients are scaled down to this norm; 0 never."""
+    label_smoothing_factor: Share = 0.0
+    """Share of each target spread evenly over the vocabulary."""
+    z_loss: NotNegative = 0.0
+    """Weight of the squared log of the softmax's denominator in the loss."""
+    # Numbers and device
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of shuffling, held-out documents and random weights."""
+    bf16: Literal["auto"] | bool = "auto"
+    """Compute in bfloat16; `auto`: where the GPU has it, else float32. Saved weights have this dtype."""
+    recompute: Literal["none", "full"] = "none"
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: the GPU where there is one."""
+    deterministic: bool = False
+    """Bit-repeatable on the GPU too, at a cost; the CPU always is."""
+    # Output
+    output_dir: str = "./outputs"
+    """Where everything goes: model, metrics.jsonl, checkpoints."""
+    resume_from_checkpoint: str | None = None
+    """`auto` (the newest checkpoint in `output_dir`, or a fresh start) or a checkpoint's path."""
+    save_strategy: Literal["epoch", "steps", "no"] = "epoch"
+    """When checkpoints are saved; the final model always is."""
+    save_steps: Count | None = None
+    """Save every so many steps; implies `save_strategy: steps`."""
+    saves_per_epoch: Count | None = None
+    """Saves in each epoch, the last at its end."""
+    save_total_limit: Annotated[int, Field(ge=0)] = 2
+    """Checkpoints kept, the newest; 0 keeps all."""
+    eval_strategy: Literal["epoch", "steps", "no"] = "epoch"
+    """When to evaluate, where there is an evaluation set; also always after the last step."""
+    eval_steps: Count | None = None
+    """Evaluate every so many steps; implies `eval_strategy: steps`."""
+    evals_per_epoch: Count | None = None
+    """Evaluations in each epoch, the last at its end."""
+    early_stopping_patience: Count | None = None
+    """Stop after so many evaluations in a row without a better `eval_loss`."""
+    logging_steps: Count = 1
+    """Steps from one line of metrics.jsonl to the next."""
+    use_tensorboard: bool = False
+    """Write TensorBoard files to `output_dir`."""
+    use_wandb: bool | None = None
+    """Log to Weights & Biases (default: where `wandb_project` is given)."""
+    wandb_project: str | None = None
+    """W&B project."""
+    wandb_entity: str | None = None
+    """W&B user or team."""
+    wandb_name: str | None = None
+    """W&B name of the run."""
+    wandb_run_id: str | None = None
+    """W&B id of the run, to continue it."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """W&B mode."""
+    wandb_watch: Literal["gradients", "parameters", "all"] | None = None
+    """What W&B draws histograms of."""
+    wandb_log_model: Literal["end", "checkpoint"] | None = None
+    """When the model is uploaded to W&B."""
+
+    _notes: list[str] = PrivateAttr(default_factory=list)
+    _reasons: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def __init__(self, **values: Any) -> None:
+        self._build(Source(_plain(values)))
+
+    def _build(self, source: Source) -> None:
+        names = Names(source, TrainConfig, _NESTED)
+        values = names.resolve()
+        reasons = _fill(values)
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise names.explain(error) from None
+        self._notes, self._reasons = names.notes, reasons
+        _check(self, names)
+
+    @classmethod
+    def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Read a YAML file, apply `key=value` overrides (dotted paths, YAML values) and check it all.
+
+        Raises UserError `FILE:LINE: reason; mend`; the place of an override is the override itself.
+        """
+        source = read(Path(file))
+        for text in overrides:
+            override(source, text, lambda key: ALIASES.get(key, key))
+        config = cls.__new__(cls)
+        config._build(source)
+        return config
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for each key that was accepted without having an effect."""
+        return list(self._notes)
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """Every value chosen for the user: key -> "value (why)"."""
+        return {
+            key: f"{_yaml_value(value)} ({self._reasons.get(key, 'default')})"
+            for key in type(self).model_fields
+            if (key not in self.model_fields_set or key in self._reasons) and (value := getattr(self, key)) is not None
+        }
+
+    def to_yaml(self) -> str:
+        """The whole config as YAML; `load` of it gives an equal config."""
+        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True, width=120)
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON schema for editors, aliases and the keys that have no effect included."""
+        return schema_with_names(cls, ALIASES, NOTES)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrainConfig) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]  # it holds lists
+
+
+_NESTED: dict[str, type[BaseModel]] = {
+    "datasets": DatasetEntry,
+    "test_datasets": DatasetEntry,
+    "special_tokens": SpecialTokens,
+}
+
+
+def _plain(value: Any) -> Any:
+    """Python arguments as plain data: models to mappings, tuples to lists, paths to text."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_none=True)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _fill(values: dict[str, Any]) -> dict[str, str]:
+    """Set what follows from other keys, in place; returns key -> why for each value set."""
+    why: dict[str, str] = {}
+
+    def choose(key: str, value: Any, reason: str) -> None:
+        if key not in values:
+            values[key], why[key] = value, reason
+
+    if "save_steps" in values:
+        choose("save_strategy", "steps", "save_steps is given")
+    if values.get("save_strategy", "epoch") == "epoch":
+        choose("saves_per_epoch", 1, "at each epoch's end")
+    if "eval_steps" in values:
+        choose("eval_strategy", "steps", "eval_steps is given")
+    elif not values.get("val_set_size") and "test_datasets" not in values and "evals_per_epoch" not in values:
+        choose("eval_strategy", "no", "no evaluation set")
+    if values.get("eval_strategy", "epoch") == "epoch":
+        choose("evals_per_epoch", 1, "at each epoch's end")
+    choose("eval_batch_size", values.get("micro_batch_size", 1), "as micro_batch_size")
+    if "chat_template_jinja" in values:
+        choose("chat_template", "jinja", "chat_template_jinja is given")
+    choose("use_wandb", "wandb_project" in values, "wandb_project is given" if "wandb_project" in values else "default")
+    return why
+
+
+def _check(config: TrainConfig, names: Names) -> None:
+    """What values must not be together. UserError at the first."""
+    given = config.model_fields_set - config._reasons.keys()
+    has_eval = config.val_set_size > 0 or config.test_datasets is not None
+    rules = [
+        *_cadence_rules(config, given),
+        *(
+            (key, key in given and not has_eval, f"{key} needs an evaluation set", "set val_set_size or test_datasets")
+            for key in ("eval_steps", "evals_per_epoch", "early_stopping_patience")
+        ),
+        (
+            "eval_strategy",
+            config.eval_strategy != "no" and not has_eval,
+            f"eval_strategy: {config.eval_strategy} needs an evaluation set",
+            "set val_set_size or test_datasets",
+        ),
+        (
+            "early_stopping_patience",
+            config.early_stopping_patience is not None and config.eval_strategy == "no",
+            "early_stopping_patience needs evaluations",
+            "set eval_steps or evals_per_epoch",
+        ),
+        (
+            "val_set_size",
+            config.val_set_size > 0 and config.test_datasets is not None,
+            "val_set_size and test_datasets are both given",
+            "remove one of them",
+        ),
+        (
+            "warmup_ratio",
+            bool(config.warmup_steps and config.warmup_ratio),
+            "warmup_steps and warmup_ratio are both given",
+            "remove one of them",
+        ),
+        (
+            "cosine_min_lr_ratio",
+            config.cosine_min_lr_ratio > 0 and config.lr_scheduler != "cosine",
+            f"cosine_min_lr_ratio does nothing with lr_scheduler: {config.lr_scheduler}",
+            "remove it, or set `lr_scheduler: cosine`",
+        ),
+        (
+            "lr_decay_ratio",
+            "lr_decay_ratio" in given and config.lr_scheduler != "warmup_stable_decay" and config.lr_decay_ratio != 0.2,
+            f"lr_decay_ratio does nothing with lr_scheduler: {config.lr_scheduler}",
+            "remove it, or set `lr_scheduler: warmup_stable_decay`",
+        ),
+        (
+            "chat_template_jinja",
+            config.chat_template_jinja is not None and config.chat_template != "jinja",
+            f"chat_template_jinja is given beside chat_template: {config.chat_template}",
+            "remove one of them",
+        ),
+        (
+            "chat_template",
+            config.chat_template == "jinja" and config.chat_template_jinja is None,
+            "chat_template: jinja without chat_template_jinja",
+            "put the template, or its path, into chat_template_jinja",
+        ),
+        (
+            "wandb_project",
+            "use_wandb" in given and config.use_wandb is False and config.wandb_project is not None,
+            "wandb_project is given, and use_wandb is false",
+            "remove one of them",
+        ),
+    ]
+    for key, wrong, reason, mend in rules:
+        if wrong:
+            raise names.error((key,), reason, mend)
+    for key in ("datasets", "test_datasets"):
+        for i, entry in enumerate(getattr(config, key) or []):
+            _check_entry(entry, (key, i), names)
+
+
+def _cadence_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool, str, str]]:
+    """How `*_strategy`, `*_steps` and `*s_per_epoch` fit together, for saving and for evaluation."""
+    rules = []
+    for kind, every, per_epoch in [
+        ("save", "save_steps", "saves_per_epoch"),
+        ("eval", "eval_steps", "evals_per_epoch"),
+    ]:
+        name, strategy = f"{kind}_strategy", getattr(config, f"{kind}_strategy")
+        rules += [
+            (per_epoch, {every, per_epoch} <= given, f"{every} and {per_epoch} are both given", "remove one of them"),
+            (name, strategy == "steps" and every not in given, f"{name}: steps without {every}", f"set {every}"),
+            (
+                every,
+                every in given and strategy != "steps",
+                f"{every} does nothing with {name}: {strategy}",
+                "remove one",
+            ),
+            (
+                per_epoch,
+                per_epoch in given and strategy != "epoch",
+                f"{per_epoch} does nothing with {name}: {strategy}",
+                "remove one",
+            ),
+        ]
+    return rules
+
+
+def _check_entry(entry: DatasetEntry, path: KeyPath, names: Names) -> None:
+    where = ".".join(map(str, path))
+    if (entry.shards is None) != (entry.shards_idx is None):
+        raise names.error((*path, "shards"), f"{where}: shards and shards_idx go together", "set both or neither")
+    if entry.shards is not None and entry.shards_idx is not None and entry.shards_idx >= entry.shards:
+        raise names.error(
+            (*path, "shards_idx"), f"{where}: shards_idx {entry.shards_idx} of {entry.shards} shards", "count from 0"
+        )
+
+
+def _yaml_value(value: Any) -> str:
+    """`value` in one line, as YAML writes it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")

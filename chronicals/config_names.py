@@ -1,0 +1,205 @@
+"""From keys as people write them to the schema's fields, and from pydantic's complaints back to what they wrote.
+
+A key is a field, an alias of one, known but without effect here (a note), known but not supported (an error, unless its value asks for
+nothing), or unknown (an error with the nearest name). The tables are in config_axolotl.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from chronicals import config_axolotl as tables
+from chronicals.config_docs import admits, bounds, choices, describe, hint, parts
+from chronicals.config_yaml import KeyPath, Source
+from chronicals.errors import UserError
+
+_HELP = "docs/guide/config.md lists every key"
+_MISSING = {
+    "base_model": "name a folder or a hub repository, such as `base_model: Qwen/Qwen2.5-0.5B`",
+    "datasets": "name the data to train on: `datasets: [{path: chats.jsonl}]`",
+    "path": "name a file, a folder, a glob or a hub repository",
+}
+
+
+@dataclass(frozen=True)
+class _Tables:
+    aliases: Mapping[str, str]
+    values: Mapping[str, Mapping[Any, Any]]
+    notes: Mapping[str, str]
+    unsupported: Mapping[str, str]
+
+
+_TOP = _Tables(tables.ALIASES, tables.VALUES, tables.NOTES, tables.UNSUPPORTED)
+_DATASET = _Tables(tables.DATASET_ALIASES, tables.DATASET_VALUES, {}, tables.DATASET_UNSUPPORTED)
+_NONE = _Tables({}, {}, {}, {})
+
+
+class Names:
+    """One config's data on its way into `model`; `nested` maps a field to the model of its items or of itself."""
+
+    def __init__(self, source: Source, model: type[BaseModel], nested: Mapping[str, type[BaseModel]]) -> None:
+        self.source, self.model, self.nested = source, model, nested
+        self.notes: list[str] = []
+        self.values: dict[str, Any] = {}
+        self.written: dict[KeyPath, KeyPath] = {}  # path in `values` -> path in the source, where they differ
+
+    def resolve(self) -> dict[str, Any]:
+        """The source's data under the schema's names; fills `notes`."""
+        data = _report_to(self, dict(self.source.data))
+        self.values = self._mapping(self.model, data, (), _TOP)
+        for key, model in self.nested.items():
+            value = self.values.get(key)
+            if isinstance(value, dict):
+                self.values[key] = self._mapping(model, value, (key,), _NONE)
+            elif isinstance(value, list):
+                self.values[key] = [
+                    self._mapping(model, item, (key, i), _DATASET) if isinstance(item, dict) else item
+                    for i, item in enumerate(value)
+                ]
+        return self.values
+
+    def error(self, path: KeyPath, reason: str, mend: str = "") -> UserError:
+        """A UserError about `path` (schema names), at the place where it was written."""
+        return self.source.error(self.as_written(path), reason, mend)
+
+    def as_written(self, path: KeyPath) -> KeyPath:
+        """`path` with each name as the user wrote it."""
+        result: KeyPath = ()
+        for end in range(1, len(path) + 1):
+            result = self.written.get(path[:end], (*result, path[end - 1]))
+        return result
+
+    def _mapping(
+        self, model: type[BaseModel], data: Mapping[Any, Any], path: KeyPath, names: _Tables
+    ) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        fields = model.model_fields
+        for key, raw in data.items():
+            name = names.aliases.get(key, key) if isinstance(key, str) else key
+            name, _, inner = str(name).partition(".")
+            if name in fields and not inner:
+                value = self._value(model, name, raw, names, written=key)
+            elif name in fields:
+                value = None if raw is None else {inner: raw}
+            elif key in names.notes:
+                if raw is not None:
+                    self.notes.append(f"{key} has no effect: {names.notes[key]}")
+                continue
+            elif key in names.unsupported:
+                if not (raw is None or raw is False or raw in ("", [], {})):
+                    mend = names.unsupported[key] or "remove it, or set it to null"
+                    raise self.source.error((*self.as_written(path), key), f"{key} is known but not supported", mend)
+                continue
+            else:
+                raise self._unknown(key, path, fields, names)
+            if value is None:
+                continue
+            if name in result and not inner:
+                first = self.as_written((*path, name))[-1]
+                raise self.source.error(
+                    (*self.as_written(path), key), f"{key} and {first} mean the same", "remove one of them"
+                )
+            self.written.setdefault((*path, name), (*self.as_written(path), key))
+            result[name] = {**result.get(name, {}), **value} if inner else value
+        return result
+
+    def _value(self, model: type[BaseModel], name: str, raw: Any, names: _Tables, written: str) -> Any:
+        annotation = hint(model, name)
+        swaps = names.values.get(name, {})
+        if isinstance(raw, str | bool | int) and (type(raw), raw) in {(type(k), k) for k in swaps}:
+            if name == "recompute" and isinstance(raw, str):
+                self.notes.append(f"{written}: {raw} recomputes activations; none is offloaded")
+            return swaps[raw]
+        if raw is False and not admits(annotation, bool):
+            if admits(annotation, type(None)):
+                return None
+            if any(bounds(part).get("ge") == 0 for part in parts(annotation)):
+                return 0
+        if isinstance(raw, str) and admits(annotation, list):
+            return [raw]
+        return raw
+
+    def _unknown(self, key: Any, path: KeyPath, fields: Iterable[str], names: _Tables) -> UserError:
+        supported = [*fields, *names.aliases]
+        near = difflib.get_close_matches(str(key), supported, n=1, cutoff=0.7)
+        near = near or difflib.get_close_matches(
+            str(key), [*supported, *names.notes, *names.unsupported], n=1, cutoff=0.7
+        )
+        mend = f"did you mean {near[0]!r}?" if near else _HELP
+        return self.source.error((*self.as_written(path), key), f"unknown key {key!r}", mend)
+
+    def explain(self, failed: ValidationError) -> UserError:
+        """The first of pydantic's complaints as one line in the user's own names."""
+        first = failed.errors(include_url=False)[0]
+        path, model, field, value = self._locate(first["loc"])
+        dotted = ".".join(map(str, self.as_written(path)))
+        if first["type"] == "missing":
+            return self.error(path, f"{dotted} is missing", _MISSING[str(path[-1])])
+        if field is None:
+            return self.error(path, f"{dotted} must be a mapping, not {_show(value)}", "write `path: ...` in it")
+        annotation = hint(model, field)
+        words = choices(annotation)
+        if isinstance(value, str) and value in tables.KNOWN_VALUES.get(field, ()):
+            return self.error(path, f"{dotted}: {value} is known but not supported", f"use {describe(annotation)}")
+        near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
+        mend = f"did you mean {near[0]!r}?" if near else _mend(annotation, value)
+        return self.error(path, f"{dotted} must be {describe(annotation)}, not {_show(value)}", mend)
+
+    def _locate(self, loc: tuple[str | int, ...]) -> tuple[KeyPath, type[BaseModel], str | None, Any]:
+        """The path that `loc` speaks of, the innermost model and field on it, and the field's value.
+
+        pydantic ends a loc with names of union members and list positions that are no keys of ours: the field is what counts.
+        """
+        path: KeyPath = ()
+        model, field, value = self.model, None, self.values
+        for step in loc:
+            if isinstance(value, dict) and step in model.model_fields and (not path or field is None):
+                field, path = str(step), (*path, step)
+                value = value.get(field)
+                if field in self.nested and isinstance(value, dict | list) and len(loc) > len(path):
+                    model, field = self.nested[field], None
+            elif isinstance(value, list) and isinstance(step, int) and field is None:
+                path, value = (*path, step), value[step]
+        return path, model, field, value
+
+
+def _report_to(names: Names, data: dict[str, Any]) -> dict[str, Any]:
+    """`report_to` as `use_tensorboard` and `use_wandb`."""
+    value = data.pop("report_to", None)
+    if value is None or value is False:
+        return data
+    wanted = value if isinstance(value, list) else [value]
+    for tool in wanted:
+        if tool not in ("none", "all", "tensorboard", "wandb"):
+            raise names.source.error(
+                ("report_to",), f"report_to: {tool} is not supported", "use tensorboard, wandb, all or none"
+            )
+    for tool in ("tensorboard", "wandb"):
+        if tool in wanted or "all" in wanted:
+            data.setdefault(f"use_{tool}", True)
+            names.written[(f"use_{tool}",)] = ("report_to",)
+    return data
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+
+
+def _mend(annotation: Any, value: Any) -> str:
+    if isinstance(value, str) and not admits(annotation, str) and not choices(annotation):
+        return "write it without quotes" if _is_number(value) else ""
+    if isinstance(value, bool | int | float | date) and admits(annotation, str):
+        return "put it in quotes"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().lstrip("+-").replace(".", "", 1).replace("e-", "", 1).isdecimal()
