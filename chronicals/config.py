@@ -1,8 +1,9 @@
 """The config: one flat, strict, frozen schema with the names that Axolotl uses; the other tools' names are aliases.
 
-`TrainConfig.load(file, overrides)` and `TrainConfig(**values)` go the same way: names are resolved (config_axolotl.py), pydantic
-checks each value, then `_check` looks at values together. Whatever is wrong is one `UserError` that names the line it was written in.
-A null is the same as leaving the key out. Left out: nested sections, environment variables in values, includes.
+`TrainConfig.load(file, overrides)` and `TrainConfig(**values)` go the same way: names are resolved (config_names.py),
+pydantic checks each value, then `check` looks at values together (config_rules.py). Whatever is wrong is one error that
+names the line it was written in. A null is the same as leaving the key out. Left out: nested sections, environment
+variables in values, includes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from chronicals.config_axolotl import ALIASES, NOTES
 from chronicals.config_docs import schema_with_names
 from chronicals.config_names import Names
-from chronicals.config_yaml import KeyPath, Source, override, read
+from chronicals.config_rules import check
+from chronicals.config_yaml import Source, override, read
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -120,8 +122,8 @@ class TrainConfig(_Strict):
     tokens: list[str] | None = None
     """Tokens to add to the vocabulary; the embeddings grow with it."""
     chat_template: str | None = None
-    """`tokenizer_default` (the tokenizer's own, as when left out), a built-in one (`chatml`, `llama3`, `gemma`, `mistral`,
-    `alpaca`), `tokenizer_default_fallback_NAME`, or `jinja`."""
+    """`tokenizer_default` (the tokenizer's own, as when left out), a built-in one (`chatml`, `llama3`, `gemma`,
+    `mistral`, `alpaca`), `tokenizer_default_fallback_NAME`, or `jinja`."""
     chat_template_jinja: str | None = None
     """A Jinja template, or the path of one."""
     default_system_message: str | None = None
@@ -263,7 +265,7 @@ class TrainConfig(_Strict):
         except ValidationError as error:
             raise names.explain(error) from None
         self._notes, self._reasons = names.notes, reasons
-        _check(self, names)
+        check(self, names, given=self.model_fields_set - reasons.keys())
 
     @classmethod
     def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -348,116 +350,6 @@ def _fill(values: dict[str, Any]) -> dict[str, str]:
         choose("chat_template", "jinja", "chat_template_jinja is given")
     choose("use_wandb", "wandb_project" in values, "wandb_project is given" if "wandb_project" in values else "default")
     return why
-
-
-def _check(config: TrainConfig, names: Names) -> None:
-    """What values must not be together. UserError at the first."""
-    given = config.model_fields_set - config._reasons.keys()
-    has_eval = config.val_set_size > 0 or config.test_datasets is not None
-    rules = [
-        *_cadence_rules(config, given),
-        *(
-            (key, key in given and not has_eval, f"{key} needs an evaluation set", "set val_set_size or test_datasets")
-            for key in ("eval_steps", "evals_per_epoch", "early_stopping_patience")
-        ),
-        (
-            "eval_strategy",
-            config.eval_strategy != "no" and not has_eval,
-            f"eval_strategy: {config.eval_strategy} needs an evaluation set",
-            "set val_set_size or test_datasets",
-        ),
-        (
-            "early_stopping_patience",
-            config.early_stopping_patience is not None and config.eval_strategy == "no",
-            "early_stopping_patience needs evaluations",
-            "set eval_steps or evals_per_epoch",
-        ),
-        (
-            "val_set_size",
-            config.val_set_size > 0 and config.test_datasets is not None,
-            "val_set_size and test_datasets are both given",
-            "remove one of them",
-        ),
-        (
-            "warmup_ratio",
-            bool(config.warmup_steps and config.warmup_ratio),
-            "warmup_steps and warmup_ratio are both given",
-            "remove one of them",
-        ),
-        (
-            "cosine_min_lr_ratio",
-            config.cosine_min_lr_ratio > 0 and config.lr_scheduler != "cosine",
-            f"cosine_min_lr_ratio does nothing with lr_scheduler: {config.lr_scheduler}",
-            "remove it, or set `lr_scheduler: cosine`",
-        ),
-        (
-            "lr_decay_ratio",
-            "lr_decay_ratio" in given and config.lr_scheduler != "warmup_stable_decay" and config.lr_decay_ratio != 0.2,
-            f"lr_decay_ratio does nothing with lr_scheduler: {config.lr_scheduler}",
-            "remove it, or set `lr_scheduler: warmup_stable_decay`",
-        ),
-        (
-            "chat_template_jinja",
-            config.chat_template_jinja is not None and config.chat_template != "jinja",
-            f"chat_template_jinja is given beside chat_template: {config.chat_template}",
-            "remove one of them",
-        ),
-        (
-            "chat_template",
-            config.chat_template == "jinja" and config.chat_template_jinja is None,
-            "chat_template: jinja without chat_template_jinja",
-            "put the template, or its path, into chat_template_jinja",
-        ),
-        (
-            "wandb_project",
-            "use_wandb" in given and config.use_wandb is False and config.wandb_project is not None,
-            "wandb_project is given, and use_wandb is false",
-            "remove one of them",
-        ),
-    ]
-    for key, wrong, reason, mend in rules:
-        if wrong:
-            raise names.error((key,), reason, mend)
-    for key in ("datasets", "test_datasets"):
-        for i, entry in enumerate(getattr(config, key) or []):
-            _check_entry(entry, (key, i), names)
-
-
-def _cadence_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool, str, str]]:
-    """How `*_strategy`, `*_steps` and `*s_per_epoch` fit together, for saving and for evaluation."""
-    rules = []
-    for kind, every, per_epoch in [
-        ("save", "save_steps", "saves_per_epoch"),
-        ("eval", "eval_steps", "evals_per_epoch"),
-    ]:
-        name, strategy = f"{kind}_strategy", getattr(config, f"{kind}_strategy")
-        rules += [
-            (per_epoch, {every, per_epoch} <= given, f"{every} and {per_epoch} are both given", "remove one of them"),
-            (name, strategy == "steps" and every not in given, f"{name}: steps without {every}", f"set {every}"),
-            (
-                every,
-                every in given and strategy != "steps",
-                f"{every} does nothing with {name}: {strategy}",
-                "remove one",
-            ),
-            (
-                per_epoch,
-                per_epoch in given and strategy != "epoch",
-                f"{per_epoch} does nothing with {name}: {strategy}",
-                "remove one",
-            ),
-        ]
-    return rules
-
-
-def _check_entry(entry: DatasetEntry, path: KeyPath, names: Names) -> None:
-    where = ".".join(map(str, path))
-    if (entry.shards is None) != (entry.shards_idx is None):
-        raise names.error((*path, "shards"), f"{where}: shards and shards_idx go together", "set both or neither")
-    if entry.shards is not None and entry.shards_idx is not None and entry.shards_idx >= entry.shards:
-        raise names.error(
-            (*path, "shards_idx"), f"{where}: shards_idx {entry.shards_idx} of {entry.shards} shards", "count from 0"
-        )
 
 
 def _yaml_value(value: Any) -> str:

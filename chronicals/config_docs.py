@@ -78,7 +78,7 @@ def _bounds_text(limits: Mapping[str, Any]) -> str:
 
 
 def schema_with_names(model: type[BaseModel], aliases: Mapping[str, str], notes: Mapping[str, str]) -> dict[str, Any]:
-    """The model's JSON schema, with the aliases and the keys without effect added, so that an editor accepts what `load` does."""
+    """The model's JSON schema plus aliases and keys without effect, so that an editor accepts what `load` does."""
     schema = model.model_json_schema()
     properties = schema["properties"]
     for alias, name in aliases.items():
@@ -106,7 +106,8 @@ def _default(value: Any) -> str:
     return f"[{', '.join(value)}]" if isinstance(value, list) else str(value)
 
 
-_PAGE = """<!-- Written by `python -m chronicals.config_docs > docs/guide/config.md`; edit chronicals/config.py instead. -->
+_PAGE = """\
+<!-- Written by `python -m chronicals.config_docs > docs/guide/config.md`; edit chronicals/config.py instead. -->
 # Config
 
 One flat YAML file, with the names that Axolotl uses:
@@ -118,10 +119,11 @@ datasets:
 output_dir: ./outputs
 ```
 
-`chronicals train FILE key=value` overrides a key; the value is YAML and the key a dotted path: `datasets.0.path=x.jsonl`. A null is the
-same as leaving the key out. Every mistake is one line with its place: `train.yaml:4: unknown key 'lerning_rate'; did you mean
-'learning_rate'?`. `chronicals train --schema` prints the JSON schema for your editor, and the header of a run prints every value that
-was chosen for you. In Python the same keys are arguments: `TrainConfig(base_model=..., datasets=[{{"path": ...}}])`.
+`chronicals train FILE key=value` overrides a key; the value is YAML and the key a dotted path:
+`datasets.0.path=x.jsonl`. A null is the same as leaving the key out. Every mistake is one line with its place:
+`train.yaml:4: unknown key 'lerning_rate'; did you mean 'learning_rate'?`. `chronicals train --schema` prints the JSON
+schema for your editor, and the header of a run prints every value that was chosen for you. In Python the same keys are
+arguments: `TrainConfig(base_model=..., datasets=[{{"path": ...}}])`.
 
 ## Keys
 
@@ -141,8 +143,8 @@ Accepted in place of ours, so that most existing files run as they are. The same
 
 {aliases}
 
-`report_to` (`none`, `tensorboard`, `wandb`, `all` or a list) sets `use_tensorboard` and `use_wandb`. Values of other tools work too:
-{values}.
+`report_to` (`none`, `tensorboard`, `wandb`, `all` or a list) sets `use_tensorboard` and `use_wandb`. Values of
+other tools work too: {values}.
 
 ## Accepted, without effect
 
@@ -150,7 +152,8 @@ A note says so in the log.
 
 {notes}
 
-Any other key that Axolotl or `TrainingArguments` knows is an error that says so, unless its value is null, false or empty.
+Any other key that Axolotl or `TrainingArguments` knows is an error that says so, unless its value is null, false or
+empty.
 """
 
 

@@ -1,7 +1,7 @@
 """From keys as people write them to the schema's fields, and from pydantic's complaints back to what they wrote.
 
-A key is a field, an alias of one, known but without effect here (a note), known but not supported (an error, unless its value asks for
-nothing), or unknown (an error with the nearest name). The tables are in config_axolotl.py.
+A key is a field, an alias of one, known but without effect here (a note), known but not supported (an error, unless its
+value asks for nothing), or unknown (an error with the nearest name). The tables are in config_axolotl.py.
 """
 
 from __future__ import annotations
@@ -154,10 +154,12 @@ class Names:
     def _locate(self, loc: tuple[str | int, ...]) -> tuple[KeyPath, type[BaseModel], str | None, Any]:
         """The path that `loc` speaks of, the innermost model and field on it, and the field's value.
 
-        pydantic ends a loc with names of union members and list positions that are no keys of ours: the field is what counts.
+        pydantic ends a loc with names of union members and list positions that are no keys of ours: the field counts.
         """
         path: KeyPath = ()
-        model, field, value = self.model, None, self.values
+        model: type[BaseModel] = self.model
+        field: str | None = None
+        value: Any = self.values
         for step in loc:
             if isinstance(value, dict) and step in model.model_fields and (not path or field is None):
                 field, path = str(step), (*path, step)

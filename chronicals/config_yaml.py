@@ -1,8 +1,8 @@
 """YAML read so that every later complaint can name its line, and `key=value` overrides on dotted paths.
 
-PyYAML gives a tree of nodes with marks; the tree is turned into plain data and a table of places, path -> where it was written.
-Differences from `yaml.safe_load`: a key given twice is an error, and `2e-4` is a float (YAML 1.1 wants `2.0e-4` and reads a string).
-Left out: writing YAML with its comments kept.
+PyYAML gives a tree of nodes with marks; the tree is turned into plain data and a table of places, path -> where it was
+written. Differences from `yaml.safe_load`: a key given twice is an error, and `2e-4` is a float (YAML 1.1 reads a
+string). Left out: writing YAML with its comments kept.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Source:
 
 
 def read(file: Path) -> Source:
-    """The YAML mapping in `file`. UserError where it is missing, not UTF-8, not YAML, not a mapping, or says a key twice."""
+    """The YAML mapping in `file`. UserError where it is missing, no UTF-8, no YAML, no mapping, or has a key twice."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
