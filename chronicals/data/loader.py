@@ -1,4 +1,4 @@
-"""What each optimizer step trains, as a pure function of (documents, seed, step): to resume is to ask for the next step.
+"""What each optimizer step trains, as a pure function of (documents, seed, step): to resume is to ask for the next.
 
 An epoch is a seeded permutation of the documents, packed; the packing sees lengths alone, so documents of equal length
 trade places between bins from epoch to epoch while the bins' lengths stay the same. Every epoch thus has the same
@@ -98,7 +98,7 @@ class Loader:
         """
         epoch, k = divmod(step, self.steps_per_epoch)
         bins = self._bins(epoch)[k * self.bins_per_step : (k + 1) * self.bins_per_step]
-        supervised = int(sum(self._supervised[i] for b in bins for i in b))
+        supervised = int(self._supervised[[i for b in bins for i in b]].sum())
         if not supervised:
             raise GuardError(f"step {step + 1}: none of its {sum(map(len, bins))} documents has a supervised token")
         size = self.plan.micro_batch_size

@@ -21,7 +21,7 @@ from chronicals.errors import UserError
 ALGORITHMS = ("bfd", "ffd", "none")
 
 
-def pack(lengths: Sequence[int], capacity: int, algorithm: str = "bfd") -> list[list[int]]:
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int, algorithm: str = "bfd") -> list[list[int]]:
     """Partition documents into bins whose lengths sum to at most `capacity`.
 
     Args:
@@ -92,7 +92,7 @@ def _pack_decreasing(sizes: np.ndarray, capacity: int, *, best_fit: bool) -> lis
     return bins
 
 
-def _checked(lengths: Sequence[int], capacity: int) -> np.ndarray:
+def _checked(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray:
     """(n,) int64: the lengths, each known to be an integer in 1..capacity."""
     if isinstance(capacity, bool) or not isinstance(capacity, (int, np.integer)) or capacity < 1:
         raise UserError(f"bin capacity {capacity!r} is not a positive integer", "set sequence_len to a bin's tokens")
