@@ -1,0 +1,273 @@
+"""Checkpoints: `checkpoint-N/` folders that are complete or not there, hold no pickle, and load in transformers.
+
+A checkpoint is a model folder (weights, config.json, generation_config.json, tokenizer), plus
+
+    optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>, master.<name> under Hugging Face names, and step_count;
+                            sharded when large
+    rng.safetensors         random state of torch
+    trainer_state.json      progress, what may not change, the size of every file, the digest of every weight
+    config.yaml             as run
+
+It is written into `checkpoint-N.tmp`, each file and folder is forced to disk, the weights are read back and compared
+with the live ones by digest, and only then does the folder get its name. Left out: asynchronous saving.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from chronicals import __version__
+from chronicals.data.tokenizer import ChatTokenizer
+from chronicals.errors import UserError
+from chronicals.models.decoder import Decoder
+from chronicals.models.hf import hf_views, save_model
+from chronicals.train.digest import digests
+from chronicals.train.state import DAMAGED_MEND, load_state
+
+STATE_FILE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+SHARD_BYTES = 5 * 2**30
+
+
+class OptimizerState(Protocol):
+    step_count: Tensor
+
+    def state(self) -> dict[str, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The live things that a checkpoint holds."""
+
+    model: Decoder
+    optimizer: OptimizerState
+    chat: ChatTokenizer
+    generation_config: dict[str, Any]  # the base model's
+    config_yaml: str
+
+
+class Checkpoints:
+    """The checkpoints of one output folder. `limit`: how many complete ones are kept, the newest; 0 keeps all."""
+
+    def __init__(self, output_dir: Path, limit: int) -> None:
+        self.output_dir, self.limit = output_dir, limit
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        matches = [_NAME.fullmatch(path.name) for path in self.output_dir.glob("checkpoint-*") if path.is_dir()]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        return self.output_dir / f"checkpoint-{step}"
+
+    def newest(self) -> Path | None:
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def remove_half_written(self) -> list[str]:
+        """Remove what a killed run left unfinished; returns its names."""
+        left = sorted(self.output_dir.glob("*.tmp"))
+        for path in left:
+            shutil.rmtree(path)
+        return [path.name for path in left]
+
+    def save(self, step: int, parts: Parts, state: dict[str, Any]) -> Path:
+        """Make `checkpoint-<step>` in one move, then remove those beyond the limit."""
+        final = self.path(step)
+        with aside(final) as folder:
+            write_checkpoint(folder, parts, state)
+            if final.exists():  # a run that went back to an older checkpoint comes by again
+                shutil.rmtree(final)
+            folder.rename(final)
+        _sync(self.output_dir)
+        self._prune(step)
+        return final
+
+    def _prune(self, newest: int) -> None:
+        """Remove what the limit leaves no room for, and later ones: they belong to a line that was gone back on."""
+        done = [step for step in self.steps() if step <= newest]
+        for step in set(self.steps()) - set(done[-self.limit :] if self.limit else done):
+            shutil.rmtree(self.path(step))
+
+
+@contextmanager
+def aside(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final` to write into; whatever is left of it afterwards is removed."""
+    folder = final.with_name(final.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        raise UserError(
+            f"cannot save: {error.strerror or error}", "free space or choose another output_dir", file=final
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_model(folder: Path, parts: Parts) -> dict[str, str]:
+    """The model folder that transformers loads, read back and compared; returns the digest of every weight."""
+    names, tensors = zip(*hf_views(parts.model, dict(parts.model.named_parameters())), strict=True)
+    live = dict(zip(names, _hex(tensors), strict=True))
+    save_model(parts.model, folder)
+    parts.chat.save(folder)
+    generation = parts.chat.generation_config(parts.generation_config)
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.yaml").write_text(parts.config_yaml, encoding="utf-8")
+    saved = {name: _hex([tensor])[0] for name, tensor in _read(sorted(folder.glob("*.safetensors")))}
+    for name, value in live.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"{name} reads back other than it was written",
+                "the disk or its file system is failing: use another",
+                file=folder,
+            )
+    return live
+
+
+def try_save(output_dir: Path, parts: Parts) -> None:
+    """Save the model and throw it away: what would fail after hours of training fails before the first step."""
+    with aside(output_dir / "test-save") as folder:
+        write_model(folder, parts)
+    if not any(output_dir.iterdir()):
+        output_dir.rmdir()
+
+
+def write_checkpoint(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
+    """Everything, on disk when this returns."""
+    digests = write_model(folder, parts)
+    _write_optimizer(folder, parts)
+    save_file(_rng(), folder / "rng.safetensors")
+    write_state(folder, state, digests)
+
+
+def write_state(folder: Path, state: dict[str, Any], digests: dict[str, str]) -> None:
+    """`trainer_state.json`, which names every other file, and then all of the folder forced to disk."""
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    whole = {"chronicals": __version__, **state, "files": files, "digests": digests}
+    (folder / STATE_FILE).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def write_final(output_dir: Path, parts: Parts, state: dict[str, Any]) -> None:
+    """The trained model at the root of `output_dir`; its trainer_state.json arrives last and says that it is whole."""
+    (output_dir / STATE_FILE).unlink(missing_ok=True)
+    with aside(output_dir / "final") as folder:
+        write_state(folder, state, write_model(folder, parts))
+        new = [path.name for path in folder.iterdir()]
+        for old in output_dir.glob("*.safetensors*"):
+            if old.name not in new:  # of an earlier final model in other shards
+                old.unlink()
+        for name in sorted(new, key=lambda name: name == STATE_FILE):
+            (folder / name).replace(output_dir / name)
+    _sync(output_dir)
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose files are all there and of the right size; otherwise a UserError that names the
+    file."""
+    state = load_state(folder / STATE_FILE)
+    for name, size in state["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError("the checkpoint is damaged: the file is missing", DAMAGED_MEND, file=path)
+        if path.stat().st_size != size:
+            seen = path.stat().st_size
+            raise UserError(f"the checkpoint is damaged: {seen} bytes of {size}", DAMAGED_MEND, file=path)
+    return state
+
+
+def restore(folder: Path, state: dict[str, Any], model: Decoder, optimizer: OptimizerState) -> None:
+    """Fill the optimizer and torch's random state; `model` was loaded from `folder` and is compared with what was
+    saved."""
+    for name, weight in hf_views(model, dict(model.named_parameters())):
+        if _hex([weight])[0] != state["digests"].get(name):
+            raise UserError(f"the checkpoint is damaged: {name} is not what was saved", DAMAGED_MEND, file=folder)
+    waiting = dict(_optimizer_views(model, optimizer))
+    for name, saved in _read(sorted(folder.glob("optimizer*.safetensors"))):
+        target = waiting.pop(name, None)
+        if target is None or target.shape != saved.shape:
+            raise UserError(f"the checkpoint does not fit the model: {name}", DAMAGED_MEND, file=folder)
+        target.copy_(saved)
+    if waiting:
+        raise UserError(f"the checkpoint is damaged: {next(iter(waiting))} is missing", DAMAGED_MEND, file=folder)
+    rng = dict(_read([folder / "rng.safetensors"]))
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+
+
+def checkpoint_bytes(model: Decoder, optimizer: OptimizerState) -> tuple[int, int]:
+    """`(a checkpoint, the model alone)` on disk, without the tokenizer's few megabytes."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = sum(t.numel() * t.element_size() for part in optimizer.state().values() for t in part.values())
+    return weights + moments, weights
+
+
+def _optimizer_views(model: Decoder, optimizer: OptimizerState) -> Iterator[tuple[str, Tensor]]:
+    """The live optimizer state under the names it is saved by; loading copies into the same views."""
+    yield "step_count", optimizer.step_count
+    for kind, tensors in optimizer.state().items():
+        for name, view in hf_views(model, tensors):
+            yield f"{kind}.{name}", view
+
+
+def _write_optimizer(folder: Path, parts: Parts) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD_BYTES
+    for name, view in _optimizer_views(parts.model, parts.optimizer):
+        size = view.numel() * view.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = view
+        room -= size
+    for number, shard in enumerate(shards, start=1):
+        name = "optimizer" if len(shards) == 1 else f"optimizer-{number:05d}-of-{len(shards):05d}"
+        save_file({key: view.contiguous().cpu() for key, view in shard.items()}, folder / f"{name}.safetensors")
+
+
+def _rng() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def _read(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of safetensors files, one at a time."""
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  not a dict: it has no __iter__
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"the checkpoint is damaged: {error}", DAMAGED_MEND, file=path) from error
+
+
+def _hex(tensors: Sequence[Tensor]) -> list[str]:
+    """Digests as the host reads them, in one go."""
+    return [f"{value & (1 << 64) - 1:016x}" for value in digests(tensors).tolist()]
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

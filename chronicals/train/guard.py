@@ -1,0 +1,136 @@
+"""The guard: a run that does not train is stopped, with the name of the tensor and the step.
+
+It watches, at every step:
+
+- losses and gradients that are not finite: from then on no update writes anything, so the weights stay those of the
+  step before;
+- trainable tensors that no gradient reaches at step 1, or whose gradient is exactly zero over the first `HORIZON`
+  steps (or over all of a shorter run);
+- trainable tensors none of whose elements moved (in the master copy, where there is one) over `HORIZON` steps with a
+  learning rate above zero.
+
+Its state lives on the device and is read by `check()` alone, at logged steps and before checkpoints: between them it
+costs no synchronisation. Tensors are watched and named as Hugging Face checkpoints name them, so a dead `k_proj` is
+seen inside a fused qkv weight. Left out: windows without a supervised token (the loader raises GuardError before the
+step), and single rows of an embedding (a row that no token used has no gradient, and should not).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from chronicals.errors import GuardError
+from chronicals.train.digest import digests
+
+HORIZON = 50
+_SHOWN = 4  # tensors named in a message
+
+
+class Guard:
+    """Watches the trainable tensors of one run.
+
+    Args:
+        parameters: our names of the trainable parameters; each must receive a gradient at the first step. weights:
+            returns `{Hugging Face name: tensor}` of the trainable weights, masters where there are any. The tensors
+            are
+            views of live memory, in the order in which `watch_gradients` gets their norms.
+        horizon: steps after which a tensor that never had a gradient, or did not move, stops the run.
+    """
+
+    def __init__(
+        self, parameters: Sequence[str], weights: Callable[[], dict[str, Tensor]], *, horizon: int = HORIZON
+    ) -> None:
+        self._parameters, self._weights, self._horizon = list(parameters), weights, horizon
+        live = weights()
+        self.names = list(live)
+        device = next(iter(live.values())).device
+        self._bad_step = torch.zeros((), dtype=torch.int64, device=device)  # first step that was not finite; 0: none
+        self._bad_loss = torch.zeros((), device=device)
+        self._bad_norms = torch.zeros(len(live), device=device)
+        self._reached = torch.zeros(len(live), dtype=torch.bool, device=device)  # had a gradient other than zero
+        self._steps = 0  # steps watched
+        self._before = digests(live.values())  # weights at the start of the present span of `horizon` steps
+        self._span = 0  # steps of that span with a learning rate above zero
+        self._stuck = torch.zeros_like(self._reached)
+        self._stuck_step = 0
+
+    def check_gradients_exist(self, step: int, grads: Mapping[str, Tensor]) -> None:
+        """Stop where backward never reached a trainable parameter: it takes no part in the loss."""
+        if self._steps:
+            return
+        missing = [name for name in self._parameters if name not in grads]
+        if missing:
+            raise GuardError(
+                f"step {step}: no gradient reached {_listing(missing)}; the loss does not depend on it: "
+                "look for a detached tensor or a module that forward never calls, or freeze it (requires_grad=False)"
+            )
+
+    def watch_gradients(self, step: int, loss: Tensor, norms: Tensor) -> Tensor:
+        """Take in a step's loss () and the gradient norm of each watched tensor (P,).
+
+        Returns () bool on the device: this and every earlier step was finite, so the update may write.
+        """
+        self._steps += 1
+        finite = torch.isfinite(loss) & torch.isfinite(torch.linalg.vector_norm(norms))
+        newly = ~finite & (self._bad_step == 0)
+        self._bad_step = torch.where(newly, step, self._bad_step)
+        self._bad_loss = torch.where(newly, loss, self._bad_loss)
+        self._bad_norms = torch.where(newly, norms, self._bad_norms)
+        self._reached |= norms != 0
+        return self._bad_step == 0
+
+    def watch_weights(self, step: int, lr: float) -> None:
+        """Count a step's update; once in `horizon` steps with a learning rate above zero, compare the weights."""
+        self._span += lr > 0
+        if self._span < self._horizon:
+            return
+        now = digests(self._weights().values())
+        self._stuck, self._stuck_step = self._stuck | (now == self._before), step
+        self._before, self._span = now, 0
+
+    def check(self, step: int, *, last: bool = False) -> None:
+        """Read the verdict (one synchronisation); raises GuardError. `last`: the run ends here, so a short run is
+        judged too."""
+        count = len(self.names)
+        bad_step, *flags = torch.cat([self._bad_step.view(1), self._reached, self._stuck]).tolist()
+        if bad_step:
+            raise GuardError(self._not_finite(bad_step))
+        never = [name for name, reached in zip(self.names, flags[:count], strict=True) if not reached]
+        if never and (self._steps >= self._horizon or (last and self._steps)):
+            raise GuardError(
+                f"step {step}: the gradient of {_listing(never)} was exactly zero in each of {self._steps} steps; "
+                "it does not train: look for a zero factor behind it, or freeze it (requires_grad=False)"
+            )
+        stuck = [name for name, flag in zip(self.names, flags[count:], strict=True) if flag]
+        if stuck:
+            raise GuardError(
+                f"step {self._stuck_step}: no element of {_listing(stuck)} moved over {self._horizon} steps with a "
+                "learning rate above zero; raise learning_rate (its updates may round to nothing), or freeze the tensor"
+            )
+
+    def _not_finite(self, step: int) -> str:
+        """The message for a loss or gradient that is not finite, naming its cause where the weights show one."""
+        bad_norms = torch.isfinite(self._bad_norms).tolist()
+        gradients = [name for name, finite in zip(self.names, bad_norms, strict=True) if not finite]
+        what = f"the loss is {float(self._bad_loss):g}"
+        if gradients:
+            what += f" and the gradient is not finite in {_listing(gradients)}"
+        elif math.isfinite(float(self._bad_loss)):
+            what += " and the gradient norm overflows float32"
+        return f"step {step}: {what}; no update was written from there on; {self.weights_verdict()}"
+
+    def weights_verdict(self) -> str:
+        """What to look at after a loss that is not finite: a synchronisation and a pass over all weights."""
+        broken = [name for name, weight in self._weights().items() if not bool(torch.isfinite(weight).all())]
+        if broken:
+            return f"not finite among the weights: {_listing(broken)}; use another checkpoint or a lower learning_rate"
+        return "all weights are finite; lower learning_rate, warm up longer, or look at the data of this step"
+
+
+def _listing(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

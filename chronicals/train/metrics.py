@@ -1,0 +1,96 @@
+"""The numbers of a run: `metrics.jsonl`, speed, memory.
+
+Only real tokens count, never padding, and only the time spent training: evaluation and saving are left out of tokens
+per second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chronicals.data.batch import PackedBatch
+
+Row = dict[str, Any]
+
+
+class MetricsFile:
+    """`metrics.jsonl`, one JSON object a line, each on disk as soon as it is written.
+
+    `keep_bytes` is what a checkpoint says was written before it; whatever follows (rows that a killed run wrote after
+    its last checkpoint) is cut off, so that a resumed run's file reads as if it had never stopped.
+    """
+
+    def __init__(self, path: Path, *, keep_bytes: int = 0) -> None:
+        self._file = path.open("ab")
+        if self._file.tell() > keep_bytes:
+            self._file.truncate(keep_bytes)
+
+    def write(self, row: Row) -> None:
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Force the rows to disk; returns the file's length in bytes."""
+        os.fsync(self._file.fileno())
+        return self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Meter:
+    """Tokens and training seconds since the last logged row."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.restart()
+
+    def restart(self) -> None:
+        self._since, self._steps, self._tokens = time.perf_counter(), 0, 0
+
+    def add(self, window: Sequence[PackedBatch]) -> None:
+        """Count one optimizer step."""
+        self._steps += 1
+        self._tokens += sum(batch.num_tokens for batch in window)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training's."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # steps already launched are training
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def read(self) -> Row:
+        """The speed columns of a row, and start over. Call it after a value of the last step was read, so that its
+        work is done."""
+        seconds = time.perf_counter() - self._since
+        row = {
+            "tokens_per_second": round(self._tokens / seconds, 1),
+            "step_ms": round(1000 * seconds / self._steps, 2),
+            "peak_memory_gib": round(peak_memory(self._device) / 2**30, 3),
+        }
+        self.restart()
+        return row
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors held on the GPU since the run began; on the CPU the most the process ever had
+    resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes everywhere but on macOS

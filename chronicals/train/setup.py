@@ -1,0 +1,281 @@
+"""Everything before the first step: what can fail fails here, cheapest first, and names what to change.
+
+`check_start` looks at the config and the disk alone, `load_data` reads and packs, `build` makes the model and what
+trains it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chronicals import hub
+from chronicals.config import TrainConfig
+from chronicals.data.documents import Prepared
+from chronicals.data.loader import Loader
+from chronicals.data.prepare import prepare
+from chronicals.data.tokenizer import ChatTokenizer, load_tokenizer
+from chronicals.errors import UserError
+from chronicals.models.decoder import Decoder
+from chronicals.models.hf import hf_views, load_config, load_model
+from chronicals.optim.adamw import AdamW
+from chronicals.optim.groups import decay_names
+from chronicals.optim.schedules import Schedule
+from chronicals.train.checkpoint import STATE_FILE, Checkpoints, Parts, checkpoint_bytes, read_checkpoint, restore
+from chronicals.train.display import gib
+from chronicals.train.gradients import Gradients
+from chronicals.train.guard import Guard
+from chronicals.train.plan import Plan
+from chronicals.train.precision import resolve_device, resolve_dtype
+from chronicals.train.state import RunState, check_identity, identity, load_state, told, told_changes
+from chronicals.train.step import LossFn
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run computes, where it writes, and which checkpoint it goes on from."""
+
+    device: torch.device
+    dtype: torch.dtype
+    output_dir: Path
+    checkpoints: Checkpoints
+    checkpoint: Path | None
+
+
+@dataclass(frozen=True)
+class Data:
+    chat: ChatTokenizer
+    prepared: Prepared
+    train: Loader
+    eval: Loader | None
+    plan: Plan
+
+
+@dataclass
+class Run:
+    """A run that is ready for its next step."""
+
+    config: TrainConfig
+    start: Start
+    data: Data
+    model: Decoder
+    gradients: Gradients
+    optimizer: AdamW
+    guard: Guard
+    schedule: Schedule
+    train_loss: LossFn
+    eval_loss: LossFn
+    state: RunState
+    identity: dict[str, Any]
+    generation_config: dict[str, Any]  # the base model's, for the tuned one to start from
+    notes: list[str]
+
+    def parts(self) -> Parts:
+        return Parts(self.model, self.optimizer, self.data.chat, self.generation_config, self.config.to_yaml())
+
+    def trainer_state(self) -> dict[str, Any]:
+        """What `trainer_state.json` says of the run itself."""
+        plan = self.data.plan
+        return {
+            "epoch": plan.epoch(self.state.step),
+            "total_steps": plan.total_steps,
+            "progress": self.state.to_dict(),
+            "identity": self.identity,
+            "settings": told(self.config),
+        }
+
+
+def check_start(config: TrainConfig) -> Start:
+    """What can be known without reading data or model. Raises UserError."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise UserError(
+            f"WORLD_SIZE is {world}, but only one process is supported", "start without torchrun or accelerate"
+        )
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.bf16, device)
+    output_dir = Path(config.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"output_dir {output_dir} is a file", "choose another output_dir")
+    checkpoints = Checkpoints(output_dir, config.save_total_limit)
+    wish = config.resume_from_checkpoint
+    checkpoint = checkpoints.newest() if wish == "auto" else Path(wish) if wish else None
+    if wish and wish != "auto" and not Path(wish).is_dir():
+        raise UserError(f"resume_from_checkpoint: there is no folder {wish}", "give a checkpoint-N folder, or auto")
+    inside = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    if wish != "auto" and not inside and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(
+            f"output_dir {output_dir} is not empty",
+            "resume_from_checkpoint: auto goes on from it, or choose another output_dir",
+        )
+    return Start(device, dtype, output_dir, checkpoints, checkpoint)
+
+
+def load_data(config: TrainConfig, *, progress: bool) -> Data:
+    """Tokenise, pack, and count the steps."""
+    chat = load_tokenizer(config)
+    prepared = prepare(config, chat, progress=progress)
+    loader = partial(
+        Loader,
+        sequence_len=config.sequence_len,
+        algorithm=config.packing_algorithm if config.sample_packing else "none",
+        seed=config.seed,
+        pad_id=chat.pad_id,
+    )
+    train = loader(
+        prepared.train,
+        micro_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+    evaluation = None
+    if prepared.eval is not None and config.eval_strategy != "no":
+        size = config.eval_batch_size or config.micro_batch_size
+        evaluation = loader(prepared.eval, micro_batch_size=size, shuffle=False)
+    plan = Plan.of(config, train.steps_per_epoch, has_eval=evaluation is not None)
+    return Data(chat, prepared, train, evaluation, plan)
+
+
+def find_state(
+    config: TrainConfig, start: Start, data: Data
+) -> tuple[RunState, dict[str, Any], dict[str, Any] | None, list[str]]:
+    """The state to begin with, this run's identity, the checkpoint's contents where there is one, and notes."""
+    ours = identity(config, data.prepared.train, data.prepared.eval, str(start.dtype).removeprefix("torch."))
+    if start.checkpoint is None:
+        return RunState(), ours, None, []
+    saved = read_checkpoint(start.checkpoint)
+    check_identity(saved["identity"], ours, start.checkpoint / STATE_FILE)
+    state = RunState(**saved["progress"])
+    if start.checkpoint.resolve().parent != start.output_dir.resolve():
+        state.metrics_bytes = 0  # those rows are in the other run's file
+    notes = [f"resuming from {start.checkpoint}, step {state.step}", *told_changes(saved["settings"], config)]
+    return state, ours, saved, notes
+
+
+def is_finished(start: Start, plan: Plan) -> RunState | None:
+    """The state of the final model in `output_dir`, if it has all the steps that are asked for."""
+    file = start.output_dir / STATE_FILE
+    if not file.is_file():
+        return None
+    state = RunState(**load_state(file)["progress"])
+    return state if state.stopped_early or state.step >= plan.total_steps else None
+
+
+def build(config: TrainConfig, start: Start, data: Data) -> Run:
+    """Model, optimizer and guard, filled from the checkpoint where there is one."""
+    state, ours, saved, notes = find_state(config, start, data)
+    model = _model(config, start, data.chat)
+    model.recompute = config.recompute == "full"
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = AdamW(
+        trainable,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        decay_names=decay_names(trainable),
+    )
+    if saved is not None:
+        assert start.checkpoint is not None
+        restore(start.checkpoint, saved, model, optimizer)
+
+    def watched() -> dict[str, Tensor]:
+        return dict(hf_views(model, {name: p.detach() for name, p in trainable.items()} | optimizer.state()["master"]))
+
+    loss = model.ops.linear_cross_entropy
+    return Run(
+        config=config,
+        start=start,
+        data=data,
+        model=model,
+        gradients=Gradients(trainable, accumulate=config.gradient_accumulation_steps > 1),
+        optimizer=optimizer,
+        guard=Guard(list(trainable), watched),
+        schedule=_schedule(config),
+        train_loss=partial(loss, label_smoothing=config.label_smoothing_factor, z_loss=config.z_loss),
+        eval_loss=loss,
+        state=state,
+        identity=ours,
+        generation_config=_generation_config(start.checkpoint or _base_folder(config)),
+        notes=notes,
+    )
+
+
+def check_disk(run: Run) -> None:
+    """Raises UserError where the checkpoints that will be on disk together, and the final model, do not fit."""
+    checkpoint, model = checkpoint_bytes(run.model, run.optimizer)
+    count = len([step for step in run.data.plan.saves if step > run.state.step])
+    if run.config.save_total_limit:  # the oldest goes after the newest has come
+        count = min(count, run.config.save_total_limit + 1)
+    needed, place = count * checkpoint + model, run.start.output_dir.absolute()
+    free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
+    if needed > free:
+        raise UserError(
+            f"output_dir {run.start.output_dir} has {gib(free)} free; {count} checkpoints of {gib(checkpoint)} and the "
+            f"final model of {gib(model)} need {gib(needed)}",
+            "free space, choose another output_dir, or lower save_total_limit",
+        )
+
+
+def header(run: Run) -> dict[str, str]:
+    """What will be trained on what, by name."""
+    stats, plan, model = run.data.train.stats, run.data.plan, run.model
+    trained = sum(p.numel() for p in run.gradients.parameters.values())
+    total = sum(p.numel() for p in model.parameters())
+    checkpoint, _ = checkpoint_bytes(model, run.optimizer)
+    device = torch.cuda.get_device_name(run.start.device) if run.start.device.type == "cuda" else "CPU"
+    weights = ", random weights" if run.config.reinit_weights else ""
+    facts = {
+        "model": f"{run.config.base_model} ({model.config.family}{weights})",
+        "trainable parameters": f"{trained:,} of {total:,}",
+        "device": f"{device}, {str(run.start.dtype).removeprefix('torch.')}",
+        "documents": f"{stats.documents:,}",
+        "tokens": f"{stats.tokens:,}",
+        "supervised tokens": f"{stats.supervised_tokens:,} ({stats.supervised_tokens / stats.tokens:.1%})",
+        "packing": f"{stats.bins:,} bins of {run.data.train.plan.capacity:,}, {stats.fill:.1%} full",
+        "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.epoch(plan.total_steps):g} epochs)",
+        "checkpoints": f"{len(plan.saves)} of {gib(checkpoint)} each, in {run.start.output_dir}",
+    }
+    if run.data.eval is not None:
+        evaluated = run.data.eval.stats
+        facts["evaluation"] = f"{evaluated.documents:,} documents, {evaluated.supervised_tokens:,} supervised tokens"
+    return facts
+
+
+def _model(config: TrainConfig, start: Start, chat: ChatTokenizer) -> Decoder:
+    if start.checkpoint is not None:
+        return load_model(start.checkpoint, dtype=start.dtype, device=start.device)
+    if config.reinit_weights:
+        model = Decoder(load_config(_base_folder(config)), device=start.device, dtype=start.dtype)
+        model.init_weights(config.seed)
+    else:
+        model = load_model(config.base_model, dtype=start.dtype, device=start.device, revision=config.revision_of_model)
+    model.resize_token_embeddings(max(model.config.vocab_size, chat.vocab_size))  # only where tokens were added
+    return model
+
+
+def _base_folder(config: TrainConfig) -> Path:
+    files = ["config.json", "generation_config.json"]
+    return hub.resolve(config.base_model, revision=config.revision_of_model, allow_patterns=files)
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    return json.loads(file.read_bytes()) if file.is_file() else {}
+
+
+def _schedule(config: TrainConfig) -> Schedule:
+    return Schedule(
+        config.lr_scheduler,
+        config.learning_rate,
+        warmup_steps=config.warmup_steps or 0,
+        warmup_ratio=config.warmup_ratio,
+        min_lr_ratio=config.cosine_min_lr_ratio,
+        decay_ratio=config.lr_decay_ratio,
+    )
