@@ -9,6 +9,8 @@ Left out: shell completion and colours in errors. An error is one plain line, fo
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ import typer
 from chronicals import __version__
 from chronicals.errors import GuardError, UserError
 
-DONE, PAST_TOLERANCE, USER_ERROR, GUARD_STOPPED, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
+DONE, PAST_TOLERANCE, USER_ERROR, GUARD_STOPPED, BUG = 0, 1, 2, 3, 70
 
 # New versions of typer carry their own click, old ones import it: the class is reached through a public descendant.
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -152,31 +154,34 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with command.make_context("chronicals", list(arguments)) as context:
             debug = bool(context.params["debug"])
-            return command.invoke(context) or DONE
-    except typer.Exit as exit_:
-        return exit_.exit_code
-    except ClickException as error:
-        code, line = USER_ERROR, usage_error(error)
-    except UserError as error:
-        code, line = USER_ERROR, str(error)
-    except GuardError as error:
-        code, line = GUARD_STOPPED, " ".join(str(error).split())
+            code = command.invoke(context) or DONE
+        sys.stdout.flush()  # a closed pipe shows here, not after main
+        return code
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (ClickException, UserError, GuardError) as error:
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        return GUARD_STOPPED if isinstance(error, GuardError) else USER_ERROR
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `chronicals ... | head`: nobody reads on, which is no error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception:  # noqa: BLE001  a bug: its traceback is the report
         traceback.print_exc()
         return BUG
-    if debug:
-        traceback.print_exc()
-    sys.stderr.write(f"error: {line}\n")
-    return code
 
 
-def usage_error(error: Any) -> str:
-    """What click says about a wrong command line, in our form: `reason; how to mend`."""
-    reason = " ".join(error.format_message().split()).rstrip(".")
-    command = "chronicals" if getattr(error, "ctx", None) is None else error.ctx.command_path
-    option = getattr(error, "option_name", None)
+def one_line(error: Exception) -> str:
+    """What went wrong, in our form: `reason; how to mend`."""
+    if not isinstance(error, ClickException):
+        return " ".join(str(error).split())
+    usage: Any = error
+    reason = " ".join(usage.format_message().split()).rstrip(".")
+    command = "chronicals" if getattr(usage, "ctx", None) is None else usage.ctx.command_path
+    option = getattr(usage, "option_name", None)
     if option and command.endswith((" train", " inspect")):
         return f"{reason}; write it as {option.lstrip('-')}=VALUE, or see: {command} --help"
     return f"{reason}; see: {command} --help"

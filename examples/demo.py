@@ -1,0 +1,66 @@
+"""`make demo`: fine-tune a small model on the standard library's docstrings and prove that it learnt.
+
+Everything goes to outputs/demo, which is made anew each time. Exits 1 where a claim does not hold.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from chronicals.data.prepare import prepare
+from chronicals.data.tokenizer import load_tokenizer
+from demo_claims import completions, questions, transformers_loss, unigram_entropy
+from demo_data import write_chats
+from demo_model import write_base_model
+
+from chronicals import TrainConfig, Trainer
+from chronicals.commands.report import write_report
+
+WORK = Path("outputs/demo")
+
+
+def main() -> int:
+    start = time.perf_counter()
+    shutil.rmtree(WORK, ignore_errors=True)  # a fresh run each time
+    (WORK / "base").mkdir(parents=True)
+    write_chats(WORK)
+    write_base_model(WORK / "base", WORK / "train.jsonl")
+
+    config = TrainConfig.load("recipes/demo.yaml")
+    run = Path(config.output_dir)
+    result = Trainer(config).train()
+    if result.exit_code:
+        return result.exit_code
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    before, after = losses[0], losses[-1]
+    held_out = prepare(config, load_tokenizer(config)).eval
+    unigram, independent = unigram_entropy(held_out), transformers_loss(run, held_out)
+
+    pairs = questions(WORK / "eval.jsonl")
+    prompts = [question for question, _ in pairs]
+    answers = zip(pairs, completions(WORK / "base", run, prompts), completions(run, run, prompts), strict=True)
+    for (question, truth), untrained, trained in answers:
+        print(f"\n{question}\n  before: {untrained!r}\n  after:  {trained!r}\n  truth:  {truth!r}")
+
+    tolerance = 1e-4 if rows[-1].get("dtype", "float32") == "float32" else 1e-2
+    claims = {
+        f"evaluation loss {before:.3f} -> {after:.3f}: down by {1 - after / before:.1%}, at least 40%": after
+        <= 0.6 * before,
+        f"below the unigram entropy of the supervised tokens, {unigram:.3f}": after < unigram,
+        f"transformers loads the checkpoint and finds {independent:.3f} too": abs(independent - after) <= tolerance,
+    }
+    print()
+    for claim, holds in claims.items():
+        print(f"{'yes' if holds else 'NO '}  {claim}")
+    print(f"\nmodel {run}\nreport {write_report(run)}\nin {time.perf_counter() - start:.0f} s")
+    return 0 if all(claims.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What the demo claims, computed without the code that is being shown: by counting, and by transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chronicals.data.documents import Documents
+
+
+def unigram_entropy(documents: Documents) -> float:
+    """Nats per supervised token of the best model that ignores all context.
+
+    It is the entropy of the documents' own counts. No fixed distribution, the training set's included, codes these
+    tokens in less (Gibbs' inequality): whoever is below it on held-out documents has learnt from context.
+    """
+    _, counts = np.unique(documents.tokens[documents.loss_mask], return_counts=True)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def load(folder: Path) -> Any:
+    """The checkpoint, by transformers, in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def transformers_loss(folder: Path, documents: Documents) -> float:
+    """Nats per supervised token of the checkpoint: transformers' model, one document at a time, nothing packed."""
+    model, total, count = load(folder), 0.0, 0
+    for tokens, mask in documents:
+        ids = torch.as_tensor(tokens, dtype=torch.int64)
+        log_probabilities = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        losses = -log_probabilities.gather(1, ids[1:, None])[:, 0]
+        trained = torch.as_tensor(mask)[1:].bool()
+        total, count = total + losses[trained].sum().item(), count + int(trained.sum())
+    return total / count
+
+
+def questions(chats: Path, number: int = 4) -> list[tuple[str, str]]:
+    """A few (question, true answer) pairs, spread evenly over `chats`."""
+    rows = chats.read_text(encoding="utf-8").splitlines()
+    turns = [json.loads(row)["messages"] for row in rows[:: len(rows) // number]][:number]
+    return [(user["content"], assistant["content"]) for user, assistant in turns]
+
+
+def completions(folder: Path, tokenizer_folder: Path, prompts: Sequence[str]) -> list[str]:
+    """The checkpoint's greedy answers, by transformers' `generate`."""
+    model, tokenizer, answers = load(folder), AutoTokenizer.from_pretrained(tokenizer_folder), []
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return answers
