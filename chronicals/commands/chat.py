@@ -57,9 +57,8 @@ def model_folder(folder: str) -> Path:
     if not (path / "config.json").is_file():
         checkpoints = sorted(path.glob("checkpoint-*/config.json"), key=lambda p: int(p.parent.name.split("-")[-1]))
         if checkpoints:
-            raise UserError(
-                "the run has no final model yet", f"try its last checkpoint: {checkpoints[-1].parent}", file=path
-            )
+            mend = f"try its last checkpoint: chronicals chat {checkpoints[-1].parent}"
+            raise UserError("the run has no final model yet", mend, file=path)
         raise UserError("no model here (no config.json)", "give a run's output_dir or a model folder", file=path)
     return path
 

@@ -64,7 +64,7 @@ def init(model: str, data: str, out: Path) -> None:
             and not any(character in value for character in "*?[")
             and not Path(value).expanduser().exists()
         ):
-            raise UserError(f"{option} {value} does not exist", "check the path; a hub name has no leading . or /")
+            raise UserError(f"{option} {value} does not exist", "check the path; a hub name has no suffix and no leading . or /")
     output_dir = f"outputs/{Path(data.rstrip('/')).name.split('.')[0] or 'run'}"
     values = {"model": model, "data": data, "output_dir": output_dir}
     out.write_text(TEMPLATE.format(out=out, **{key: scalar(value) for key, value in values.items()}), encoding="utf-8")

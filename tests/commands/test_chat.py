@@ -1,0 +1,111 @@
+"""`chronicals chat`: one answer, a conversation, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from chronicals.commands.chat import chat, model_folder
+from chronicals.errors import UserError
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose next token depends on its input, with a chat template."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        ["a"], vocab_size=259, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=1, initializer_range=1.0, **shape)
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def ask(folder: Path, prompt: str | None, system: str | None = None, temperature: float | None = 0.0) -> None:
+    chat(str(folder), prompt=prompt, system=system, max_new_tokens=8, temperature=temperature)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_it_answers_a_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask(folder, "hello")
+    first = capsys.readouterr().out
+    ask(folder, "hello")
+    assert first.strip()
+    assert capsys.readouterr().out == first, "temperature 0 is greedy"
+    ask(folder, "hello", system="be brief")
+    assert capsys.readouterr().out != first, "the system message is part of the prompt"
+
+
+def test_all_of_stdin_is_one_question(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(folder, "one\ntwo")
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    ask(folder, None)
+    assert capsys.readouterr().out == expected
+
+
+def test_a_terminal_holds_a_conversation(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("hello\n\nhello\n/new\nhello\n"))
+    ask(folder, None)
+    head, first, *_, second, _, third, _ = capsys.readouterr().out.split("> ")
+    assert head.startswith(f"{folder} on ")
+    assert "Ctrl-D" in head
+    assert first != second, "the second answer reads the first turn too"
+    assert first == third, "/new forgets"
+
+
+def test_without_a_chat_template_the_text_is_continued(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in folder.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    ask(tmp_path, "def f(")
+    assert capsys.readouterr().out.strip()
+    with pytest.raises(UserError, match="this model has no chat template, so no system message; leave --system out"):
+        ask(tmp_path, "def f(", system="be brief")
+
+
+def test_an_empty_question(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    for prompt in (" ", None):
+        with pytest.raises(UserError, match="the question is empty; give one with --prompt or on stdin"):
+            ask(folder, prompt)
+
+
+def test_a_folder_without_model_says_what_to_try(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        model_folder(str(tmp_path))
+    assert str(raised.value) == (
+        f"{tmp_path}: no model here (no config.json); give a run's output_dir or a model folder"
+    )
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
+    with pytest.raises(UserError) as raised:
+        model_folder(str(tmp_path))
+    assert str(raised.value) == (
+        f"{tmp_path}: the run has no final model yet; try its last checkpoint: chronicals chat {tmp_path}/checkpoint-10"
+    )
