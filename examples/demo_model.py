@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 VOCABULARY = 2048
-HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS = 192, 4, 6, 2
+HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS = 128, 4, 4, 2
 
 
 def train_tokenizer(chats: Path) -> PreTrainedTokenizerBase:

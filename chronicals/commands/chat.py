@@ -74,7 +74,8 @@ class Partner:
         if system is not None and self.tokenizer.chat_template is None:
             raise UserError("this model has no chat template, so no system message", "leave --system out", file=path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        self.model = model.to(device).eval()
         self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         if temperature is not None:
             self.options |= {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})

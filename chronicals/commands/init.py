@@ -59,12 +59,10 @@ def init(model: str, data: str, out: Path) -> None:
     if not out.absolute().parent.is_dir():
         raise UserError(f"the folder {out.parent} does not exist", f"create it: mkdir -p {out.parent}", file=out)
     for option, value in (("--model", model), ("--data", data)):
-        if (
-            is_path(value)
-            and not any(character in value for character in "*?[")
-            and not Path(value).expanduser().exists()
-        ):
-            raise UserError(f"{option} {value} does not exist", "check the path; a hub name has no suffix and no leading . or /")
+        is_glob = any(character in value for character in "*?[")
+        if is_path(value) and not is_glob and not Path(value).expanduser().exists():
+            mend = "check the path; a hub name has no suffix and no leading . or /"
+            raise UserError(f"{option} {value} does not exist", mend)
     output_dir = f"outputs/{Path(data.rstrip('/')).name.split('.')[0] or 'run'}"
     values = {"model": model, "data": data, "output_dir": output_dir}
     out.write_text(TEMPLATE.format(out=out, **{key: scalar(value) for key, value in values.items()}), encoding="utf-8")

@@ -178,8 +178,8 @@ def draw(curves: list[Curve], size: tuple[float, float], zero: bool = False) -> 
         canvas.patch.set_visible(False)
         axes.patch.set_visible(False)
         for at, values, style in curves:
-            alone = {"marker": "o", "markersize": 4} if len(at) == 1 else {}  # a single point draws no line
-            axes.plot(at, values, **(alone | style))
+            marker: dict[str, Any] = {"marker": "o", "markersize": 4} if len(at) == 1 else {}  # one point draws no line
+            axes.plot(at, values, **(marker | style))
         axes.grid(axis="y", color=HEX["--grid"], linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(colors=HEX["--rule"], labelcolor=HEX["--soft"], length=3)
