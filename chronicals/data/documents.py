@@ -1,7 +1,7 @@
 """What preparation makes: documents as three flat arrays, and the account of how they came to be.
 
-Flat arrays (tokens, loss mask, offsets) rather than a list of lists: they are memory-mapped, so a data set larger than memory costs
-nothing to open, and workers that fork or spawn share one copy through the page cache. numpy only: nothing here needs torch.
+Flat arrays (tokens, loss mask, offsets) rather than a list of lists: they are memory-mapped, so a data set larger than
+memory costs nothing to open, and processes share one copy through the page cache. numpy only: nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """n tokenised documents laid end to end, N tokens in all. The arrays may be read-only memory maps: copy before writing.
+    """n tokenised documents laid end to end, N tokens in all. The arrays may be read-only maps: copy before writing.
 
-    `loss_mask[i]` says that token i is a target (it is predicted from token i - 1), so a document's first token never is.
+    `loss_mask[i]` says that token i is a target, predicted from token i - 1; so a document's first token never is.
     """
 
     tokens: np.ndarray  # (N,) int32
