@@ -1,0 +1,41 @@
+"""How kernel tests compare: relative error in the Frobenius norm, values and every gradient, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def relative_error(out: Tensor, ref: Tensor, floor: float = 1e-30) -> float:
+    """`||out - ref|| / max(||ref||, floor)`, in float64; infinite where `out` is not finite."""
+    if not torch.isfinite(out).all():
+        return float("inf")
+    ref = ref.double().to(out.device)
+    return ((out.double() - ref).norm() / ref.norm().clamp(min=floor)).item()
+
+
+def assert_matches(
+    op: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    *args: object,
+    tolerance: float | None = None,
+    **options: object,
+) -> None:
+    """`op` on `inputs` against `reference` on the same in float64: the value and the gradient of each input."""
+    tolerance = TOLERANCE[inputs[0].dtype] if tolerance is None else tolerance
+    ours = [x.detach().requires_grad_() for x in inputs]
+    theirs = [x.detach().double().requires_grad_() for x in inputs]
+    out, ref = op(*ours, *args, **options), reference(*theirs, *args, **options)
+    assert relative_error(out, ref) <= tolerance, "value"
+    upstream = torch.randn(ref.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(ref.device)
+    grads = torch.autograd.grad(out, ours, upstream.to(out.dtype))
+    references = torch.autograd.grad(ref, theirs, upstream)
+    # a gradient that is zero in exact arithmetic is held against a tenth of the largest
+    floor = 0.1 * max(grad.norm().item() for grad in references)
+    for i, (grad, expected) in enumerate(zip(grads, references, strict=True)):
+        assert relative_error(grad, expected, floor) <= tolerance, f"gradient of input {i}"
