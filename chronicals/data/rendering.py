@@ -1,8 +1,8 @@
 """Rows to tokens, by one process or several, always in the order of the rows.
 
 A chunk of rows is the unit of work. What a chunk becomes depends on nothing but the chunk, and results are taken in
-order, so the number of processes changes the time and nothing else. Workers are forked where the system is Linux: then a
-script without an `if __name__ == "__main__"` guard works, and nothing is imported twice. They touch no torch and no GPU.
+order, so the number of processes changes the time and nothing else. On Linux workers are forked: a script without an
+`if __name__ == "__main__"` guard works, and nothing is imported twice. They touch no torch and no GPU.
 """
 
 from __future__ import annotations
