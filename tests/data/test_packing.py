@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.packing import DOCS, RESULTS, lower_bound, with_results
 from chronicals.data.packing import ALGORITHMS, pack
 from chronicals.errors import UserError
 
@@ -232,3 +233,16 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
     assert packed == 1_000_000
     assert seconds < 5
     assert gib < 1
+
+
+@given(problems(max_size=10))
+def test_lower_bound_is_one(problem: tuple[list[int], int]) -> None:
+    lengths, capacity = problem
+    bound = lower_bound(np.array(lengths, dtype=np.int64), capacity)
+    assert -(-sum(lengths) // capacity) <= bound <= optimum(lengths, capacity)
+
+
+def test_docs_show_the_results() -> None:
+    """After a new measurement: `python benchmarks/packing.py --write-docs`."""
+    page = DOCS.read_text(encoding="utf-8")
+    assert with_results(page, json.loads(RESULTS.read_text(encoding="utf-8"))) == page
