@@ -219,7 +219,7 @@ class _Turns:
         )
 
     def _check_nothing_dropped(self) -> None:
-        """Templates that do not know a role, or that keep one system text only, drop messages without a word."""
+        """Templates drop without a word what they do not know: a role, a second system text, reasoning."""
         for i, message in enumerate(self.messages):
             content = message.get("content")
             if message["role"] == "assistant" or not isinstance(content, str):
@@ -227,6 +227,17 @@ class _Turns:
             text = content.strip()
             if text not in self.whole and json.dumps(text, ensure_ascii=False)[1:-1] not in self.whole:
                 raise _at(i, self.messages, "the chat template drops it", "use another chat_template, or remove it")
+        last = len(self.messages) - 1
+        # Many drop the reasoning of earlier turns, and the model sees them so; the last turn is what it has to write.
+        if self.messages[last]["role"] == "assistant" and _reasoning(self.messages[last]) not in self.whole:
+            raise _at(last, self.messages, "the chat template drops its reasoning", "use another chat_template")
+
+
+def _reasoning(message: Message) -> str:
+    if message.get("reasoning_content"):
+        return message["reasoning_content"].strip()
+    thought, closed, _ = (message.get("content") or "").partition("</think>")
+    return thought.rpartition("<think>")[2].strip() if closed else ""
 
 
 def _at(i: int, messages: list[Message], reason: str, mend: str = "") -> UserError:

@@ -163,15 +163,15 @@ def probe(tokenizer: PreTrainedTokenizerBase, template: str) -> Form:
     beyond = last_header.removeprefix(after_second) if last_header.startswith(after_second) else ""
     no_prompt = after_second == bare and beyond.strip() != ""  # the template knows no add_generation_prompt
     special = [*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens]
-    last_end = _longest_start(end, special)
+    last_end, middle_end = _longest_start(end, special), _longest_start(between, special)
     if last_end is None:
         raise UserError(
-            f"the chat template writes {end[:40]!r} after an answer, which does not begin with a token of its own in "
-            "this tokenizer: the model would not learn to stop",
+            f"after an answer the chat template writes {end[:40]!r}, which does not begin with a single token of this "
+            "tokenizer: the model would not learn to stop",
             f"use a built-in chat_template ({', '.join(MARKERS)}), or add the token under `tokens`",
         )
-    # Where earlier turns have no end token, what follows is the next user's header: that is no end token.
-    middle_end = None if before_user.endswith(between) else _longest_start(between, special)
+    if middle_end is not None and before_user.endswith(between) and not after_second.lstrip().startswith(middle_end):
+        middle_end = None  # earlier turns have no end token: this one opens the next user's header
     return Form(
         unfulfilled=len(after_second) - shared,
         missing_header=beyond if no_prompt else "",

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 # Every word of the tests' chats becomes one token; "\n\n" and ".\n\n" too, so that tokens straddle boundaries.
 WORDS = (
-    "system user assistant model tool Be brief Hi Hello there More please Sure you are helpful It is sunny Paris weather "
+    "system user assistant model tool Be brief Hi Hello there More please Sure You are helpful It is sunny Paris "
     "Instruction Response Below an instruction that describes a task Write a response appropriately completes request "
-    "the INST think done one two three search name arguments end city"
+    "the INST think done one two three search name arguments end city weather"
 )
 # Llama 3's: line breaks cling to the signs before them
 _PATTERN = (
