@@ -1,0 +1,179 @@
+"""config.json: read as transformers reads it, written as transformers reads it, every value honoured or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from chronicals.errors import UserError
+from chronicals.models.config import ModelConfig, RopeConfig
+from chronicals.models.families import FAMILIES
+from tests.models.tiny import CHECKPOINTS, reference
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SUPPORTED = ", ".join(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, f"model_type 'gpt2' is not supported; use a model of one of {SUPPORTED}"),
+        ({"model_type": None}, f"model_type None is not supported; use a model of one of {SUPPORTED}"),
+        (
+            {"hidden_size": None},
+            "hidden_size is None, not a positive integer; take config.json from the model's repository",
+        ),
+        ({"num_attention_heads": 3}, "num_attention_heads 3 is no multiple of num_key_value_heads 2"),
+        (
+            {"hidden_act": "relu"},
+            "hidden_act 'relu' is not supported; "
+            "use a model with one of silu, swish, gelu, gelu_pytorch_tanh, gelu_new",
+        ),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1 is not supported; set it to 0.0 in config.json"),
+        (
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor 0.5 is not supported; use a model whose whole head is rotated",
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config {'quant_method': 'awq'} is not supported; use the checkpoint in 16 or 32 bits",
+        ),
+        ({"pruned_heads": {"1": [0]}}, "pruned_heads {'1': [0]} is not supported; use the unpruned checkpoint"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope scaling 'yarn' is not supported; use one of default, linear, llama3",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope scaling 'dynamic' is not supported: its frequencies follow the longest sequence of a batch, so "
+            "packed documents would change each other; use 'linear' or 'llama3', or remove it from config.json to "
+            "train within the original length",
+        ),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            "rope scaling 'linear' lacks 'factor'; take config.json from the model's repository",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 8]}},
+            "rope parameter 'mrope_section' is not supported; remove it from config.json",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            "partial_rotary_factor 0.25 is not supported; use a model whose whole head is rotated",
+        ),
+        (
+            {"layer_types": ["sliding_attention"] * 4},
+            "layer_types is not supported for llama, whose layers are all alike; remove it from config.json",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention"] * 3},
+            "layer_types ['full_attention', 'full_attention', 'full_attention'] is not supported; "
+            "give full_attention or sliding_attention for each of the 4 layers",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4},
+            "layer_types has sliding_attention but there is no window; set sliding_window and use_sliding_window",
+        ),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_is_not_honoured_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        ModelConfig.from_hf(LLAMA | changes)
+    assert str(caught.value) == f"config.json: {message}"
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | {k: v for k, v in LLAMA3.items() if k != "rope_type"}},
+        {"rope_theta": 1.0, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+    ],
+    ids=["old", "new", "oldest", "both"],
+)
+def test_every_spelling_of_rope_is_read(spelling: dict[str, Any]) -> None:
+    expected = RopeConfig("llama3", 5e5, 32.0, 1.0, 4.0, 8192)
+    assert ModelConfig.from_hf(LLAMA | spelling).rope == expected
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [{"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0}, LLAMA3],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_frequencies_are_transformers(scaling: dict[str, Any]) -> None:
+    theirs = transformers.LlamaConfig(**LLAMA | {"head_dim": 128, "rope_parameters": scaling | {"rope_theta": 5e5}})
+    if scaling["rope_type"] == "default":
+        expected = 1.0 / (5e5 ** (torch.arange(0, 128, 2, dtype=torch.float32) / 128))
+    else:
+        expected, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs)
+    ours = ModelConfig.from_hf(theirs.to_dict()).rope.inv_freq(128)
+    torch.testing.assert_close(ours, expected, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_windows_are_transformers(name: str) -> None:
+    theirs = reference(name).config
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+    window = getattr(theirs, "sliding_window", None)
+    expected = tuple(window if kind == "sliding_attention" else None for kind in types)
+    assert ModelConfig.from_hf(theirs.to_dict()).windows == expected
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_defaults_are_transformers(model_type: str) -> None:
+    """A config.json with sizes alone means here what it means there."""
+    sizes = {key: LLAMA[key] for key in LLAMA if key not in ("num_key_value_heads", "model_type")}
+    sizes |= {"model_type": model_type, "num_attention_heads": 32, "hidden_size": 256}
+    theirs = transformers.AutoConfig.for_model(**sizes)
+    ours, explicit = ModelConfig.from_hf(sizes), ModelConfig.from_hf(theirs.to_dict())
+    assert ours == explicit
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_config_without_source_loads_in_transformers(name: str, tmp_path: Path) -> None:
+    """Both spellings of rope are written; transformers reads them as we mean them."""
+    source = reference(name).config
+    ours = ModelConfig.from_hf(source.to_dict())
+    fresh = ModelConfig(**{field: getattr(ours, field) for field in ours.__dataclass_fields__ if field != "source"})
+    written = fresh.to_hf()
+    again = transformers.AutoConfig.for_model(**written)
+    assert ModelConfig.from_hf(again.to_dict()) == ours
+    assert again.rope_parameters["rope_theta"] == source.rope_parameters["rope_theta"]
+    without_new = {key: value for key, value in written.items() if key != "rope_parameters"}
+    assert ModelConfig.from_hf(without_new) == ours
+
+
+def test_unknown_and_unchanged_keys_are_kept() -> None:
+    data = LLAMA | {
+        "rope_theta": 7.0,
+        "rope_scaling": None,
+        "custom": {"a": 1},
+        "eos_token_id": [1, 2],
+        "num_key_value_heads": None,
+    }
+    out = ModelConfig.from_hf(data).to_hf()
+    assert out == data | {"architectures": ["LlamaForCausalLM"]}
