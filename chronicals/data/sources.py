@@ -119,7 +119,7 @@ def _ranges(split: str, total: int, name: str) -> tuple[tuple[int, int], ...]:
     from datasets import ReadInstruction
 
     try:
-        pieces = ReadInstruction.from_spec(split).to_absolute(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", split), total))
+        pieces = ReadInstruction.from_spec(split).to_absolute(dict.fromkeys(_split_names(split), total))
     except (ValueError, AssertionError) as error:
         raise UserError(
             f"`split: {split}`: {error}", "write it as train, train[:1000] or train[10%:20%]", file=name
@@ -128,6 +128,11 @@ def _ranges(split: str, total: int, name: str) -> tuple[tuple[int, int], ...]:
     if not ranges:
         raise UserError(f"`split: {split}` selects none of {total} rows", "ask for a larger slice", file=name)
     return ranges
+
+
+def _split_names(split: str) -> list[str]:
+    """The splits that a `split:` names: train and test in `train[:10%]+test`."""
+    return [piece.split("[")[0].split("(")[0].strip() for piece in split.split("+")]
 
 
 # Finding files
@@ -178,9 +183,13 @@ def _folder_files(folder: str, split: str) -> list[Path]:
         patterns = get_data_patterns(base)
     except EmptyDatasetError as error:
         raise UserError("the folder holds no files", "put the data there or correct `path:`", file=folder) from error
-    wanted = re.match(r"\w*", split)[0]  # type: ignore[index]  # `\w*` matches any string
+    wanted, *others = dict.fromkeys(_split_names(split))
+    if others:
+        raise UserError(
+            f"`split: {split}` asks for several of the folder's splits", "write an entry for each", file=folder
+        )
     if wanted not in patterns:
-        known = ", ".join(patterns)
+        known = ", ".join(map(str, patterns))
         raise UserError(
             f"the folder has no split {wanted!r}, only {known}", "set `split:` to one of these", file=folder
         )
