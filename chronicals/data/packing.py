@@ -2,7 +2,7 @@
 
 Every slot of a bin that holds no document is computed and thrown away, so the number of bins is the cost of an epoch.
 Best-Fit Decreasing never uses more than 3/2 of the fewest possible bins, nor more than 11/9 of them plus 4; on real
-lengths it leaves a fraction of a percent empty. docs/math/packing.md has the theorems, the proof and what was measured.
+lengths it comes within a few percent of the fewest. docs/math/packing.md has the theorems and what was measured.
 
 A pure function of integers: exact, deterministic, no tensors. Left out: exact solvers (nothing left to gain that would
 pay for them) and online packing of streams, which cannot sort.

@@ -162,6 +162,17 @@ def test_equal_lengths_change_places_between_bins() -> None:
     assert len(pairs[0] & pairs[1]) < 10
 
 
+@pytest.mark.parametrize("algorithm", ["bfd", "none"])
+def test_long_and_short_bins_are_mixed(algorithm: str) -> None:
+    """Packing opens bins for long documents first, for short ones last: trained in that order, a curriculum."""
+    documents = Documents.from_lists([([5] * n, [False] + [True] * (n - 1)) for n in range(2, 62)])
+    made = loader(documents, micro_batch_size=1, gradient_accumulation_steps=1, algorithm=algorithm)
+    longest = [int(np.diff(made.window(k)[0].cu_seqlens).max()) for k in range(made.steps_per_epoch)]
+    middle = len(longest) // 2
+    assert longest != sorted(longest, reverse=True)
+    assert abs(np.mean(longest[:middle]) - np.mean(longest[middle:])) < 12
+
+
 def test_without_shuffle_and_packing_the_order_is_the_documents() -> None:
     documents = Documents.from_lists([([i] * (i - 5), [False] + [True] * (i - 6)) for i in range(10, 30)])
     made = loader(documents, algorithm="none", shuffle=False)
