@@ -174,7 +174,9 @@ def probe(tokenizer: PreTrainedTokenizerBase, template: str) -> Form:
         middle_end = None  # earlier turns have no end token: this one opens the next user's header
     return Form(
         unfulfilled=len(after_second) - shared,
-        missing_header=beyond if no_prompt else "",
+        missing_header=beyond.rstrip(" ")
+        if no_prompt
+        else "",  # a blank before the answer is in the answer's first token
         end_tokens=tuple(dict.fromkeys(token for token in (last_end, middle_end) if token is not None)),
     )
 

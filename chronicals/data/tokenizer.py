@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from chronicals.config import TrainConfig
 
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model")
-_ANY = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_EITHER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class ChatTokenizer:
     chat_template: str | None  # its source; None where there is none (rows of plain text need none)
     form: templates.Form | None  # what its renderings show; None with it
     eot_tokens: tuple[str, ...]  # tokens that end a turn
+    given_eot_tokens: tuple[str, ...]  # those of them that the config names
     bos_ids: tuple[int, ...]  # what the tokenizer puts before plain text
     pad_id: int  # for rows of padding only, never for masking
     added_tokens: int  # how many tokens the vocabulary grew by; the model's embeddings must hold `vocab_size` rows
@@ -66,7 +67,7 @@ class ChatTokenizer:
                 f"chat_template {chosen[0]} of a data set needs {', '.join(lacking)}, which the tokenizer lacks",
                 f"set chat_template: {chosen[0]} for the whole run, or add the tokens under `tokens`",
             )
-        return _assemble(self.tokenizer, chosen, self.eot_tokens if chosen is None else (), self.added_tokens)
+        return _assemble(self.tokenizer, chosen, self.given_eot_tokens, self.added_tokens)
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer, with the training template, into the folder `path`."""
@@ -103,21 +104,22 @@ def load_tokenizer(config: TrainConfig) -> ChatTokenizer:
         )
     before = len(tokenizer)
     _apply_special_tokens(tokenizer, config)
-    chosen = templates.choose(tokenizer, config.chat_template, config.chat_template_jinja)
+    chosen = templates.choose(tokenizer, *_asked(config))
     if chosen is not None:
-        name, source = chosen
-        _add(tokenizer, _lacking(tokenizer, name))
-        if templates.MARKERS.get(name) == () and tokenizer.eos_token is None:
-            raise UserError(
-                f"chat_template {name} ends answers with the eos_token, and this tokenizer has none",
-                "set special_tokens.eos_token",
-            )
-        chosen = name, _with_bos(tokenizer, source)
+        _add(tokenizer, _lacking(tokenizer, chosen[0]))
     eot_tokens = tuple(config.eot_tokens or ())
     for token in eot_tokens:
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             raise UserError(f"eot_tokens: {token!r} is not one token of this tokenizer", "add it under `tokens` too")
     return _assemble(tokenizer, chosen, eot_tokens, len(tokenizer) - before)
+
+
+def _asked(config: TrainConfig) -> tuple[str | None, str | None]:
+    """The run's `chat_template` and `chat_template_jinja`: the config's, else what its data sets agree on."""
+    if config.chat_template is not None or config.chat_template_jinja is not None:
+        return config.chat_template, config.chat_template_jinja
+    of_data = {(entry.chat_template, entry.chat_template_jinja) for entry in config.datasets}
+    return of_data.pop() if len(of_data) == 1 else (None, None)
 
 
 def _load(config: TrainConfig) -> PreTrainedTokenizerBase:
@@ -130,10 +132,7 @@ def _load(config: TrainConfig) -> PreTrainedTokenizerBase:
         # The model's config decides the tokenizer's class once they are saved together: so it must decide it now.
         options["config"] = transformers.AutoConfig.from_pretrained(folder)
         folder = hub.resolve(config.tokenizer_config, allow_patterns=_FILES)
-    if not any(
-        (folder / name).exists()
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    ):
+    if not any((folder / name).exists() for name in _EITHER):
         raise UserError(f"{folder} has no tokenizer", "name one with tokenizer_config")
     return transformers.AutoTokenizer.from_pretrained(folder, **options)
 
@@ -180,7 +179,10 @@ def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def _assemble(
-    tokenizer: PreTrainedTokenizerBase, chosen: tuple[str, str] | None, eot_tokens: tuple[str, ...], added_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: tuple[str, str] | None,
+    given_eot_tokens: tuple[str, ...],
+    added_tokens: int,
 ) -> ChatTokenizer:
     from tokenizers import Tokenizer
 
@@ -188,19 +190,26 @@ def _assemble(
     encoder.post_processor = None
     encoder.no_padding()
     encoder.no_truncation()
-    name, source = chosen or (None, None)
-    form = None if source is None else templates.probe(tokenizer, source)
-    if form is not None:
-        eot_tokens = tuple(dict.fromkeys(form.end_tokens + eot_tokens))
-    elif not eot_tokens and tokenizer.eos_token is not None:
-        eot_tokens = (tokenizer.eos_token,)
+    name = source = form = None
+    ends: tuple[str, ...] = () if tokenizer.eos_token is None else (tokenizer.eos_token,)
+    if chosen is not None:
+        name, source = chosen
+        if templates.MARKERS.get(name) == () and not ends:
+            raise UserError(
+                f"chat_template {name} ends answers with the eos_token, and this tokenizer has none",
+                "set special_tokens.eos_token",
+            )
+        source = _with_bos(tokenizer, source)
+        form = templates.probe(tokenizer, source)
+        ends = form.end_tokens
     pad = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
     return ChatTokenizer(
         tokenizer=tokenizer,
         template_name=name,
         chat_template=source,
         form=form,
-        eot_tokens=eot_tokens,
+        eot_tokens=tuple(dict.fromkeys((*ends, *given_eot_tokens))),
+        given_eot_tokens=given_eot_tokens,
         bos_ids=_bos_ids(tokenizer),
         pad_id=next(i for i in pad if i is not None),
         added_tokens=added_tokens,

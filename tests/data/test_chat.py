@@ -304,8 +304,8 @@ def test_context_that_changes_is_refused(tmp_path: Path) -> None:
     chat = with_template(tmp_path, LAST_USER)
     assert refusal(chat, CHAT) == (
         "message 3 (assistant): the chat template writes the messages before this turn differently once later ones "
-        "follow, so that the model would be trained on a context it never sees; set this turn's `train: false`, end the "
-        "row with it, or use another chat_template"
+        "follow, so that the model would be trained on a context it never sees; set this turn's `train: false`, end "
+        "the row with it, or use another chat_template"
     )
     messages = [{**message, "train": False} if i == 2 else message for i, message in enumerate(CHAT.messages)]
     assert trained(chat, render(chat, Conversation(messages))) == ["Sure one<|im_end|>"]
