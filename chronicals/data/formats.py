@@ -223,8 +223,8 @@ def _turn(turn: Any, number: int, form: RowFormat) -> Message:
     """One turn under OpenAI's names; keys this does not know are kept, as the template may."""
     if not isinstance(turn, dict):
         raise BadRow(f"turn {number} is {_kind(turn)}, not an object")
-    role_key = form.keys.get("role") or ("role" if "role" in turn else "from")
-    content_key = form.keys.get("content") or ("content" if "content" in turn or role_key == "role" else "value")
+    role_key = form.keys.get("role") or ("from" if "from" in turn else "role")
+    content_key = form.keys.get("content") or ("value" if "value" in turn else "content")
     train_key = form.keys.get("train", "train")
     said = turn.get(role_key)
     renamed = form.roles if role_key == "role" else SHAREGPT_ROLES | form.roles
@@ -276,7 +276,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow(f"{where}a tool call is an object with a function's name and arguments, not {_short(call)}")
         if isinstance(function.get("arguments"), str):
-            _from_json(function["arguments"], f"{where}the arguments of {function['name']}")
+            _from_json(function["arguments"] or "{}", f"{where}`arguments` of {function['name']}")
         nested.append(call)
     return nested
 

@@ -85,6 +85,8 @@ def open_source(entry: DatasetEntry) -> Source:
 
 def _from_files(entry: DatasetEntry, files: list[Path]) -> Source:
     name = str(files[0]) if len(files) == 1 else entry.path
+    if len(set(_split_names(entry.split))) > 1:
+        raise UserError(f"`split: {entry.split}` asks for several splits", "write an entry for each", file=name)
     formats = [file_format(file, entry.ds_type) for file in files]
 
     def iterate() -> Iterator[Row]:
@@ -183,11 +185,7 @@ def _folder_files(folder: str, split: str) -> list[Path]:
         patterns = get_data_patterns(base)
     except EmptyDatasetError as error:
         raise UserError("the folder holds no files", "put the data there or correct `path:`", file=folder) from error
-    wanted, *others = dict.fromkeys(_split_names(split))
-    if others:
-        raise UserError(
-            f"`split: {split}` asks for several of the folder's splits", "write an entry for each", file=folder
-        )
+    wanted = _split_names(split)[0]
     if wanted not in patterns:
         known = ", ".join(map(str, patterns))
         raise UserError(
