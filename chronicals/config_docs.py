@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,7 +19,12 @@ _PLAIN = {str: "text", bool: "true or false", int: "a whole number", float: "a n
 
 def hint(model: type[BaseModel], field: str) -> Any:
     """The annotation of `field` as written, with its bounds."""
-    return get_type_hints(model, include_extras=True)[field]
+    return _hints(model)[field]
+
+
+@lru_cache
+def _hints(model: type[BaseModel]) -> dict[str, Any]:
+    return get_type_hints(model, include_extras=True)
 
 
 def parts(annotation: Any) -> list[Any]:

@@ -136,52 +136,75 @@ def _assign(data: Any, steps: list[str | int], value: Any, place: Place) -> None
 
 
 def _parse(text: str, origin: Place, *, in_lines: bool) -> tuple[Any, dict[KeyPath, Place]]:
-    places: dict[KeyPath, Place] = {}
-    loader = _Loader(text)
-
-    def place(node: yaml.Node) -> Place:
-        return Place(origin.file, node.start_mark.line + 1) if in_lines else origin
-
-    def build(node: yaml.Node, path: KeyPath, open_nodes: tuple[yaml.Node, ...]) -> Any:
-        if node in open_nodes:
-            raise place(node).error("an alias that contains itself", "write the value out")
-        if isinstance(node, yaml.ScalarNode):
-            return loader.construct_object(node)
-        inner = (*open_nodes, node)
-        if isinstance(node, yaml.SequenceNode):
-            for i, item in enumerate(node.value):
-                places[(*path, i)] = place(item)
-            return [build(item, (*path, i), inner) for i, item in enumerate(node.value)]
-        assert isinstance(node, yaml.MappingNode)
-        _refuse_twice(loader, node, place)
-        loader.flatten_mapping(node)  # `<<: *anchor`; what is written here comes after it and wins
-        result: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node)
-            places[(*path, key)] = place(key_node)
-            result[key] = build(value_node, (*path, key), inner)
-        return result
-
+    """The document in `text` as plain data, and the place of each key and item: its line, or `origin` itself."""
     try:
-        root = loader.get_single_node()
-        return (None if root is None else build(root, (), ())), places
+        builder = _Builder(_Loader(text), origin, in_lines)
+        root = builder.loader.get_single_node()
+        return (None if root is None else builder.build(root, ())), builder.places
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark and in_lines else None
         raise UserError(f"not YAML: {error.problem}", "mend the syntax", file=origin.file, line=line) from None
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except yaml.YAMLError as error:
         raise UserError(f"not YAML: {error}", "mend the syntax", file=origin.file) from None
-    finally:
-        loader.dispose()
 
 
-def _refuse_twice(loader: _Loader, node: yaml.MappingNode, place: Callable[[yaml.Node], Place]) -> None:
-    first: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise place(key_node).error("a key must be a word, not a list or a mapping", "write `key: value`")
-        key = key_node.value
-        if key in first and key != "<<":
-            raise place(key_node).error(f"key {key!r} is given twice, first in line {first[key]}", "remove one of them")
-        first[key] = key_node.start_mark.line + 1
+@dataclass
+class _Builder:
+    """Nodes to plain data, places noted on the way."""
+
+    loader: _Loader
+    origin: Place
+    in_lines: bool
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+    merged: set[int] = field(default_factory=set)  # mappings whose `<<` is resolved, by id: aliases come by again
+    open_nodes: list[yaml.Node] = field(default_factory=list)
+
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        if node in self.open_nodes:
+            raise self._place(node).error("an alias that contains itself", "write the value out")
+        self.open_nodes.append(node)
+        if isinstance(node, yaml.SequenceNode):
+            self.places |= {(*path, i): self._place(item) for i, item in enumerate(node.value)}
+            result: Any = [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
+        else:
+            assert isinstance(node, yaml.MappingNode)
+            result = self._mapping(node, path)
+        self.open_nodes.pop()
+        return result
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[Any, Any]:
+        if id(node) not in self.merged:
+            self._refuse_twice(node)
+            self.loader.flatten_mapping(
+                node
+            )  # `<<: *anchor`; what is written in the mapping itself comes later and wins
+            self.merged.add(id(node))
+        result: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._scalar(key_node)
+            self.places[(*path, key)] = self._place(key_node)
+            result[key] = self.build(value_node, (*path, key))
+        return result
+
+    def _refuse_twice(self, node: yaml.MappingNode) -> None:
+        first: dict[str, int] = {}
+        for key_node, _ in node.value:
+            place = self._place(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise place.error("a key must be a word, not a list or a mapping", "write `key: value`")
+            key = key_node.value
+            if key in first and key != "<<":
+                where = f", first in line {first[key]}" if self.in_lines else ""
+                raise place.error(f"key {key!r} is given twice{where}", "remove one of them")
+            first[key] = key_node.start_mark.line + 1
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except ValueError as error:  # text in the shape of a date or a number that is none
+            raise self._place(node).error(f"{node.value}: {error}", "put it in quotes") from None
+
+    def _place(self, node: yaml.Node) -> Place:
+        return Place(self.origin.file, node.start_mark.line + 1) if self.in_lines else self.origin
