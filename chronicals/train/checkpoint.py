@@ -38,6 +38,7 @@ from chronicals.train.digest import digests
 from chronicals.train.state import DAMAGED_MEND, load_state
 
 STATE_FILE = "trainer_state.json"
+_ASIDE, _FINAL, _TEST_SAVE = ".tmp", "final", "test-save"  # folders that are being written
 _NAME = re.compile(r"checkpoint-(\d+)")
 SHARD_BYTES = 5 * 2**30
 
@@ -79,7 +80,8 @@ class Checkpoints:
 
     def remove_half_written(self) -> list[str]:
         """Remove what a killed run left unfinished; returns its names."""
-        left = sorted(self.output_dir.glob("*.tmp"))
+        names = ("checkpoint-*", _FINAL, _TEST_SAVE)
+        left = sorted(path for name in names for path in self.output_dir.glob(name + _ASIDE))
         for path in left:
             shutil.rmtree(path)
         return [path.name for path in left]
@@ -106,7 +108,7 @@ class Checkpoints:
 @contextmanager
 def aside(final: Path) -> Iterator[Path]:
     """An empty folder beside `final` to write into; whatever is left of it afterwards is removed."""
-    folder = final.with_name(final.name + ".tmp")
+    folder = final.with_name(final.name + _ASIDE)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
@@ -141,10 +143,12 @@ def write_model(folder: Path, parts: Parts) -> dict[str, str]:
 
 def try_save(output_dir: Path, parts: Parts) -> None:
     """Save the model and throw it away: what would fail after hours of training fails before the first step."""
-    with aside(output_dir / "test-save") as folder:
-        write_model(folder, parts)
-    if not any(output_dir.iterdir()):
-        output_dir.rmdir()
+    try:
+        with aside(output_dir / _TEST_SAVE) as folder:
+            write_model(folder, parts)
+    finally:
+        if output_dir.is_dir() and not any(output_dir.iterdir()):
+            output_dir.rmdir()
 
 
 def write_checkpoint(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
@@ -167,8 +171,7 @@ def write_state(folder: Path, state: dict[str, Any], digests: dict[str, str]) ->
 
 def write_final(output_dir: Path, parts: Parts, state: dict[str, Any]) -> None:
     """The trained model at the root of `output_dir`; its trainer_state.json arrives last and says that it is whole."""
-    (output_dir / STATE_FILE).unlink(missing_ok=True)
-    with aside(output_dir / "final") as folder:
+    with aside(output_dir / _FINAL) as folder:
         write_state(folder, state, write_model(folder, parts))
         new = [path.name for path in folder.iterdir()]
         for old in output_dir.glob("*.safetensors*"):
@@ -183,6 +186,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint whose files are all there and of the right size; otherwise a UserError that names the
     file."""
     state = load_state(folder / STATE_FILE)
+    if "rng.safetensors" not in state["files"]:
+        raise UserError("a final model, which has no optimizer state", "give a checkpoint-N folder", file=folder)
     for name, size in state["files"].items():
         path = folder / name
         if not path.is_file():

@@ -6,8 +6,9 @@ It watches, at every step:
   step before;
 - trainable tensors that no gradient reaches at step 1, or whose gradient is exactly zero over the first `HORIZON`
   steps (or over all of a shorter run);
-- trainable tensors none of whose elements moved (in the master copy, where there is one) over `HORIZON` steps with a
-  learning rate above zero.
+- trainable tensors none of whose elements moved (in the master copy, where there is one) over `HORIZON` steps of
+  learning in earnest: at a tenth of the peak learning rate or more, as the last steps of a decay to zero rightly round
+  to nothing in a weight of 1.
 
 Its state lives on the device and is read by `check()` alone, at logged steps and before checkpoints: between them it
 costs no synchronisation. Tensors are watched and named as Hugging Face checkpoints name them, so a dead `k_proj` is
@@ -34,17 +35,24 @@ class Guard:
     """Watches the trainable tensors of one run.
 
     Args:
-        parameters: our names of the trainable parameters; each must receive a gradient at the first step. weights:
-            returns `{Hugging Face name: tensor}` of the trainable weights, masters where there are any. The tensors
-            are
-            views of live memory, in the order in which `watch_gradients` gets their norms.
+        parameters: our name of each trainable parameter -> its Hugging Face names; each must receive a gradient at the
+            first step.
+        weights: returns `{Hugging Face name: tensor}` of the trainable weights, masters where there are any: views of
+            live memory, in the order in which `watch_gradients` gets their norms.
+        min_lr: steps with a lower learning rate do not count as steps in which weights should move.
         horizon: steps after which a tensor that never had a gradient, or did not move, stops the run.
     """
 
     def __init__(
-        self, parameters: Sequence[str], weights: Callable[[], dict[str, Tensor]], *, horizon: int = HORIZON
+        self,
+        parameters: Mapping[str, Sequence[str]],
+        weights: Callable[[], dict[str, Tensor]],
+        *,
+        min_lr: float = 0.0,
+        horizon: int = HORIZON,
     ) -> None:
-        self._parameters, self._weights, self._horizon = list(parameters), weights, horizon
+        self._parameters, self._weights = dict(parameters), weights
+        self._min_lr, self._horizon = min_lr, horizon
         live = weights()
         self.names = list(live)
         device = next(iter(live.values())).device
@@ -54,16 +62,22 @@ class Guard:
         self._reached = torch.zeros(len(live), dtype=torch.bool, device=device)  # had a gradient other than zero
         self._steps = 0  # steps watched
         self._before = digests(live.values())  # weights at the start of the present span of `horizon` steps
-        self._span = 0  # steps of that span with a learning rate above zero
+        self._span = 0  # steps of that span that count
         self._stuck = torch.zeros_like(self._reached)
         self._stuck_step = 0
 
+    def check_loss(self, step: int, loss: Tensor) -> None:
+        """Stop where a loss has no way back to any parameter."""
+        if not loss.requires_grad:
+            raise GuardError(
+                f"step {step}: no trainable tensor has a part in the loss; "
+                "look for a detached tensor or torch.no_grad()"
+            )
+
     def check_gradients_exist(self, step: int, grads: Mapping[str, Tensor]) -> None:
-        """Stop where backward never reached a trainable parameter: it takes no part in the loss."""
-        if self._steps:
-            return
-        missing = [name for name in self._parameters if name not in grads]
-        if missing:
+        """Stop where backward never reached a trainable parameter at the first step."""
+        missing = [name for ours, theirs in self._parameters.items() if ours not in grads for name in theirs]
+        if missing and not self._steps:
             raise GuardError(
                 f"step {step}: no gradient reached {_listing(missing)}; the loss does not depend on it: "
                 "look for a detached tensor or a module that forward never calls, or freeze it (requires_grad=False)"
@@ -84,8 +98,8 @@ class Guard:
         return self._bad_step == 0
 
     def watch_weights(self, step: int, lr: float) -> None:
-        """Count a step's update; once in `horizon` steps with a learning rate above zero, compare the weights."""
-        self._span += lr > 0
+        """Count a step's update; once in `horizon` steps of learning, compare the weights."""
+        self._span += lr > 0 and lr >= self._min_lr
         if self._span < self._horizon:
             return
         now = digests(self._weights().values())
@@ -108,8 +122,8 @@ class Guard:
         stuck = [name for name, flag in zip(self.names, flags[count:], strict=True) if flag]
         if stuck:
             raise GuardError(
-                f"step {self._stuck_step}: no element of {_listing(stuck)} moved over {self._horizon} steps with a "
-                "learning rate above zero; raise learning_rate (its updates may round to nothing), or freeze the tensor"
+                f"step {self._stuck_step}: no element of {_listing(stuck)} moved over {self._horizon} steps; "
+                "raise learning_rate (its updates may round to nothing), or freeze the tensor"
             )
 
     def _not_finite(self, step: int) -> str:

@@ -159,10 +159,13 @@ def find_state(
     return state, ours, saved, notes
 
 
-def is_finished(start: Start, plan: Plan) -> RunState | None:
-    """The state of the final model in `output_dir`, if it has all the steps that are asked for."""
+def is_finished(config: TrainConfig, start: Start, plan: Plan) -> RunState | None:
+    """The state of the final model in `output_dir`, if it has all the steps that are asked for.
+
+    Whoever names a checkpoint wants to go back to it, finished or not.
+    """
     file = start.output_dir / STATE_FILE
-    if not file.is_file():
+    if config.resume_from_checkpoint != "auto" or not file.is_file():
         return None
     state = RunState(**load_state(file)["progress"])
     return state if state.stopped_early or state.step >= plan.total_steps else None
@@ -185,6 +188,8 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
         assert start.checkpoint is not None
         restore(start.checkpoint, saved, model, optimizer)
 
+    hf_names = {name: [theirs for theirs, _ in hf_views(model, {name: p})] for name, p in trainable.items()}
+
     def watched() -> dict[str, Tensor]:
         return dict(hf_views(model, {name: p.detach() for name, p in trainable.items()} | optimizer.state()["master"]))
 
@@ -196,7 +201,7 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
         model=model,
         gradients=Gradients(trainable, accumulate=config.gradient_accumulation_steps > 1),
         optimizer=optimizer,
-        guard=Guard(list(trainable), watched),
+        guard=Guard(hf_names, watched, min_lr=config.learning_rate / 10),
         schedule=_schedule(config),
         train_loss=partial(loss, label_smoothing=config.label_smoothing_factor, z_loss=config.z_loss),
         eval_loss=loss,

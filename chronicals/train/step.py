@@ -55,6 +55,7 @@ def train_step(
     for batch in window:
         hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
         part = loss_fn(hidden, model.head_weight, batch.target_rows, batch.targets, batch.grad_scale)
+        guard.check_loss(step, part)
         part.backward()
         loss += part.detach()
 

@@ -21,7 +21,7 @@ from chronicals.errors import GuardError
 from chronicals.integrations import loggers
 from chronicals.optim.schedules import lr_at
 from chronicals.train import setup
-from chronicals.train.checkpoint import try_save, write_final
+from chronicals.train.checkpoint import STATE_FILE, try_save, write_final
 from chronicals.train.display import Display
 from chronicals.train.evaluate import evaluate
 from chronicals.train.metrics import Meter, MetricsFile, Row
@@ -70,7 +70,7 @@ class Trainer:
         with reproducible(config.seed, start.device, deterministic=config.deterministic):
             data = setup.load_data(config, progress=self.console.is_terminal)
             display = Display(self.console, data.plan.total_steps)
-            finished = setup.is_finished(start, data.plan)
+            finished = setup.is_finished(config, start, data.plan)
             if finished:
                 display.say(f"the run in {start.output_dir} is already finished: {finished.step} steps")
                 return _result("already finished", finished, start.output_dir)
@@ -99,6 +99,7 @@ class Training:
         for name in run.start.checkpoints.remove_half_written():
             self.display.say(f"note: removed {name}, which a stopped run left half-written")
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / STATE_FILE).unlink(missing_ok=True)  # a final model of fewer steps is final no more
         (folder / "config.yaml").write_text(run.config.to_yaml(), encoding="utf-8")
         self.metrics = MetricsFile(folder / "metrics.jsonl", keep_bytes=self.state.metrics_bytes)
         self.loggers = loggers.open_loggers(run.config, folder, run.model, self.state.step)
@@ -127,11 +128,11 @@ class Training:
             signalled = self.signals.received
             if state.step > 0 and (state.step in plan.saves or signalled or (done and plan.saves)):
                 self.save()
+            if signalled:
+                return _result(signalled.name, state, self.output_dir)
             if done:
                 self.finish()
                 return _result("stopped early" if state.stopped_early else "finished", state, self.output_dir)
-            if signalled:
-                return _result(signalled.name, state, self.output_dir)
             self.step(next(windows))
 
     def step(self, window: Sequence[PackedBatch]) -> None:

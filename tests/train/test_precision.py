@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from chronicals.errors import UserError
+from chronicals.train.precision import reproducible, resolve_device, resolve_dtype
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "device", "gpu_has_it", "expected"),
+    [
+        ("auto", CPU, False, torch.float32),
+        (True, CPU, False, torch.bfloat16),
+        (False, CPU, False, torch.float32),
+        ("auto", GPU, True, torch.bfloat16),
+        ("auto", GPU, False, torch.float32),
+        (True, GPU, True, torch.bfloat16),
+        (False, GPU, True, torch.float32),
+    ],
+)
+def test_dtype(
+    monkeypatch: pytest.MonkeyPatch, bf16: Any, device: torch.device, gpu_has_it: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_has_it)
+    assert resolve_dtype(bf16, device) == expected
+
+
+def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(UserError) as caught:
+        resolve_dtype(True, GPU)
+    assert str(caught.value) == "bf16: true, but Tesla T4 does not compute in bf16; set bf16: auto or false"
+
+
+def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [resolve_device(name) for name in ("auto", "cpu", "cuda")] == [GPU, CPU, GPU]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [resolve_device(name) for name in ("auto", "cpu")] == [CPU, CPU]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError, match="device: cuda, but torch sees no GPU; look at `chronicals doctor`"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match="device: cuda, but this torch was built without it"):
+        resolve_device("cuda")
+
+
+def test_cpu_is_always_deterministic_and_a_gpu_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for device, asked, expected in ((CPU, False, True), (GPU, False, False), (GPU, True, True)):
+        with reproducible(7, device, deterministic=asked):
+            assert torch.are_deterministic_algorithms_enabled() == expected
+            first = torch.rand(3)
+        with reproducible(7, device, deterministic=asked):
+            assert torch.equal(torch.rand(3), first)
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
