@@ -126,7 +126,7 @@ class _Turns:
         here = [i for i, want in enumerate(wanted) if want or train_on_eos == "all"]
         last = max((i for i in here if wanted[i]), default=-1)
         spans = []
-        for i, turn in zip(here, self._locate(here), strict=True):
+        for i, turn in zip(here, self._locate(here, wanted), strict=True):
             end_token = train_on_eos != "last" or i == last
             if wanted[i]:
                 spans.append((turn.start, turn.after if end_token else turn.end))
@@ -134,30 +134,45 @@ class _Turns:
                 spans.append((turn.end, turn.after))
         return spans
 
-    def _locate(self, here: list[int]) -> list[_Turn]:
-        """The turns of the messages `here`, ascending."""
+    def _locate(self, here: list[int], wanted: list[bool]) -> list[_Turn]:
+        """The turns of the messages `here`, ascending. One that is not wanted may start at its end."""
         if not here:
             return []
         starts, ends = self._marked(here)
-        starts.update({i: self._start(i) for i in here if self.messages[i]["role"] == "assistant"})
-        return [self._turn(i, starts[i], ends[i], starts.get(i + 1)) for i in here]
+        for i in here:
+            if self.messages[i]["role"] == "assistant":
+                start = self._start(i)
+                if start is not None:
+                    starts[i] = start
+                elif wanted[i]:
+                    raise self._no_start(i)
+        return [self._turn(i, starts.get(i, ends[i]), ends[i], starts.get(i + 1)) for i in here]
 
-    def _start(self, i: int) -> int:
-        """Where assistant turn `i` starts: after the rendering of what comes before it, with the generation prompt."""
+    def _start(self, i: int) -> int | None:
+        """Where assistant turn `i` starts: after the rendering of what comes before it, with the generation prompt.
+
+        None where that is no prefix of the whole, or nothing comes before.
+        """
         if i == 0:
-            raise _at(i, self.messages, "nothing comes before this turn that could prompt it", "set its `train: false`")
+            return None
         prompt = self._render(self.messages[:i], add_generation_prompt=True) + self.form.missing_header
-        if not self.whole.startswith(prompt):
-            prompt = prompt[: len(prompt) - self.form.unfulfilled]
-        if not self.whole.startswith(prompt):
-            raise _at(
-                i,
-                self.messages,
-                "the chat template writes the messages before this turn differently once later ones follow, so that "
-                "the model would be trained on a context it never sees",
-                "set this turn's `train: false`, end the row with it, or use another chat_template",
+        if self.whole.startswith(prompt):
+            return len(prompt)
+        prompt = prompt[: len(prompt) - self.form.unfulfilled]
+        return len(prompt) if self.whole.startswith(prompt) else None
+
+    def _no_start(self, i: int) -> UserError:
+        if i == 0:
+            return _at(
+                i, self.messages, "nothing comes before this turn that could prompt it", "set its `train: false`"
             )
-        return len(prompt)
+        return _at(
+            i,
+            self.messages,
+            "the chat template writes the messages before this turn differently once later ones follow, so that "
+            "the model would be trained on a context it never sees",
+            "set this turn's `train: false`, end the row with it, or use another chat_template",
+        )
 
     def _marked(self, here: list[int]) -> tuple[dict[int, int], dict[int, int]]:
         """Where contents start (other than assistants', see `_start`) and end, by rendering them with marks."""

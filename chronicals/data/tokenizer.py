@@ -127,7 +127,7 @@ def _load(config: TrainConfig) -> PreTrainedTokenizerBase:
 
     revision = config.revision_of_model
     folder = hub.resolve(config.base_model, revision=revision, allow_patterns=_FILES)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"mistral_format": False}  # mistral-common's tokenizer says no offsets
     if config.tokenizer_config is not None and config.tokenizer_config != config.base_model:
         # The model's config decides the tokenizer's class once they are saved together: so it must decide it now.
         options["config"] = transformers.AutoConfig.from_pretrained(folder)

@@ -236,6 +236,44 @@ def test_tools_in_llama3(arguments: Any, tmp_path: Path) -> None:
     )
 
 
+def test_every_end_token_of_a_chat_with_tools(tmp_path: Path) -> None:
+    chat = load(byte_level(tmp_path, eos="</s>"), chat_template="chatml")
+    tool = {"role": "tool", "content": "sunny"}
+    messages = [{"role": "user", "content": "Hi"}, call({}, train=False), tool, *CHAT.messages[2:3]]
+    document = render(chat, Conversation(messages), train_on_eos="all")
+    assert trained(chat, document) == ["<|im_end|>", "<|im_end|>", "<|im_end|>", "Hello<|im_end|>"]
+
+
+def test_chat_that_begins_with_an_answer(tmp_path: Path) -> None:
+    chat = load(byte_level(tmp_path, eos="</s>"), chat_template="chatml")
+    messages = [{**CHAT.messages[2], "train": False}, *CHAT.messages[3:]]
+    assert trained(chat, render(chat, Conversation(messages))) == ["Sure one<|im_end|>"]
+    ends = trained(chat, render(chat, Conversation(messages), train_on_eos="all"))
+    assert ends == ["<|im_end|>", "<|im_end|>", "Sure one<|im_end|>"]
+
+
+def test_tool_result_as_json_text(tmp_path: Path) -> None:
+    """Llama 3.1's own template writes tool results as JSON strings: that is not dropping them."""
+    template = QWEN25_LIKE.replace("m.content +", "(m.content | tojson if m.role == 'tool' else m.content) +")
+    chat = with_template(tmp_path, template)
+    row = Conversation([CHAT.messages[1], {"role": "tool", "content": 'It is\n"sunny"'}, CHAT.messages[2]])
+    assert trained(chat, render(chat, row)) == ["Hello<|im_end|>"]
+
+
+def test_earlier_turns_without_an_end_token(tmp_path: Path) -> None:
+    """[INST] after an answer opens the next turn: it is not taken for the answer's end."""
+    template = r"""
+    {%- for m in messages %}
+        {{- "[INST]" + m.content + "[/INST]" if m.role == "user" else m.content + (eos_token if loop.last else "") }}
+    {%- endfor %}"""
+    chat = load(byte_level(tmp_path, special=("[INST]", "[/INST]"), eos="</s>", chat_template=template))
+    assert chat.eot_tokens == ("</s>",)
+    assert trained(chat, render(chat, Conversation(CHAT.messages[1:3]))) == ["Hello</s>"]
+    assert refusal(chat, Conversation(CHAT.messages[1:])).startswith(
+        "message 2 (assistant): no end token (</s>) follows"
+    )
+
+
 def test_developer_is_system(tmp_path: Path) -> None:
     chat = load(byte_level(tmp_path, eos="</s>"), chat_template="chatml")
     own = with_template(tmp_path / "own", QWEN25_LIKE)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chronicals.config import TrainConfig
 from chronicals.data.chat import render
@@ -220,3 +225,44 @@ def test_train_on_inputs_is_everything_but_the_first_token(tmp_path: Path) -> No
     document = render(chat, CHAT, train_on_inputs=True)
     assert document.tokens == render(chat, CHAT).tokens
     assert document.loss_mask == [False] + [True] * (len(document.tokens) - 1)
+
+
+def text_and_spans(messages: list[dict[str, Any]], roles: set[str]) -> tuple[str, list[tuple[int, int]]]:
+    """ChatML by hand: the text, and what of it is trained."""
+    text, spans = "", []
+    for message in messages:
+        text += f"<|im_start|>{message['role']}\n"
+        start = len(text)
+        text += f"{message['content']}<|im_end|>"
+        if message["role"] in roles:
+            spans.append((start, len(text)))
+        text += "\n"
+    return text, spans
+
+
+PARTS = [*"Hi .\n\t é🙂\U000f0000{%", "<|im_end|>", "<|im_start|>assistant\n", " Hello"]
+CONTENTS = st.lists(st.sampled_from(PARTS), max_size=8).map("".join)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=4), st.sets(st.sampled_from(["user", "assistant"])))
+def test_any_chat_as_written_by_hand(turns: list[tuple[str, str]], roles: set[str]) -> None:
+    """Tokens are those of the text; a token is trained where its first character is in a trained turn."""
+    chat = _chatml()
+    messages = [{"role": role, "content": content} for turn in turns for role, content in zip(ROLES, turn, strict=True)]
+    text, spans = text_and_spans(messages, roles)
+    document = render(chat, Conversation(messages), roles_to_train=roles)
+    encoding = chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert document.tokens == encoding["input_ids"]
+    starts = [start for start, _ in encoding["offset_mapping"]]
+    assert document.loss_mask == [any(a <= start < b for a, b in spans) for start in starts]
+    assert chat.tokenizer.decode(document.tokens) == text
+
+
+ROLES = ("user", "assistant")
+
+
+@cache
+def _chatml() -> ChatTokenizer:
+    with TemporaryDirectory() as folder:
+        return load(byte_level(Path(folder), eos="</s>", trim_offsets=False), chat_template="chatml")
