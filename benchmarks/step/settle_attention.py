@@ -9,7 +9,8 @@ from functools import partial
 
 import settle_ops as ops
 import torch
-from settle_data import relative_error, round_up
+from settle_data import round_up
+from settle_ops import relative_error
 
 LENGTHS = [1, 300, 1, 7, 64, 0, 129, 513, 0, 0, 2, 700, 128]  # the rest of T is a pad document
 CASES = {"plain": {}, "window 64": {"window": 64}, "scale 0.2": {"scale": 0.2}, "softcap 5": {"softcap": 5.0}}
