@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,17 @@ def test_the_schema_admits_what_load_does() -> None:
     assert schema["properties"]["learning_rate"]["description"] == "Peak learning rate."
     assert all(value.get("description") for value in schema["properties"].values())
     assert set(schema["$defs"]) == {"DatasetEntry", "SpecialTokens"}
+
+
+def test_every_key_is_read_somewhere() -> None:
+    """A key that nothing reads would be an option that silently does nothing."""
+    package = Path(__file__).parents[1] / "chronicals"
+    sources = [f.read_text(encoding="utf-8") for f in package.rglob("*.py") if not f.name.startswith("config_")]
+    sources = [text for text in sources if "class TrainConfig(" not in text]
+    nodes = [node for text in sources for node in ast.walk(ast.parse(text))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    read |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert {*TrainConfig.model_fields, *DatasetEntry.model_fields} - read == set()
 
 
 def test_the_guide_page_is_the_schema() -> None:
