@@ -38,13 +38,16 @@ def test_matches_reference(dtype: torch.dtype, heads: tuple[int, int], options: 
     )
 
 
-def test_reference_is_causal_softmax_attention() -> None:
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_reference_is_causal_softmax_attention(softcap: float | None) -> None:
     q, k, v = qkv(12, 4, 2)
-    out = varlen_attention_reference(q, k, v, torch.tensor([0, 12], dtype=torch.int32), 12, window=3)
+    out = varlen_attention_reference(q, k, v, torch.tensor([0, 12], dtype=torch.int32), 12, window=3, softcap=softcap)
     for head in range(4):
         for i in range(12):
             seen = slice(max(0, i - 2), i + 1)
-            weights = F.softmax(k[seen, head // 2] @ q[i, head] * 8**-0.5, dim=0)
+            scores = k[seen, head // 2] @ q[i, head] * 8**-0.5
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            weights = F.softmax(scores, dim=0)
             torch.testing.assert_close(out[i, head], weights @ v[seen, head // 2])
 
 

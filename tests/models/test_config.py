@@ -140,7 +140,10 @@ def test_windows_are_transformers(name: str) -> None:
     types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
     window = getattr(theirs, "sliding_window", None)
     expected = tuple(window if kind == "sliding_attention" else None for kind in types)
-    assert ModelConfig.from_hf(theirs.to_dict()).windows == expected
+    data = theirs.to_dict()
+    assert ModelConfig.from_hf(data).windows == expected
+    # older files have no layer_types, only max_window_layers
+    assert ModelConfig.from_hf(data | {"layer_types": None}).windows == expected
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
