@@ -158,7 +158,9 @@ class _Turns:
         prompt = self._render(self.messages[:i], add_generation_prompt=True) + self.form.missing_header
         if self.whole.startswith(prompt):
             return len(prompt)
-        prompt = prompt[: len(prompt) - self.form.unfulfilled]
+        if not self.form.unfulfilled or not prompt.endswith(self.form.unfulfilled):
+            return None
+        prompt = prompt.removesuffix(self.form.unfulfilled)
         return len(prompt) if self.whole.startswith(prompt) else None
 
     def _no_start(self, i: int) -> UserError:

@@ -125,7 +125,7 @@ def apply(
 class Form:
     """What a template's renderings show of its form."""
 
-    unfulfilled: int  # characters at the end of the generation prompt that earlier turns lack ("<think>\n" in some)
+    unfulfilled: str  # the end of the generation prompt, as far as earlier turns lack it ("<think>\n" in some)
     missing_header: str  # what a turn has before its content though the generation prompt does not write it; mostly ""
     end_tokens: tuple[
         str, ...
@@ -173,7 +173,7 @@ def probe(tokenizer: PreTrainedTokenizerBase, template: str) -> Form:
     if middle_end is not None and before_user.endswith(between) and not after_second.lstrip().startswith(middle_end):
         middle_end = None  # earlier turns have no end token: this one opens the next user's header
     return Form(
-        unfulfilled=len(after_second) - shared,
+        unfulfilled=after_second[shared:],
         missing_header=beyond.rstrip(" ")
         if no_prompt
         else "",  # a blank before the answer is in the answer's first token

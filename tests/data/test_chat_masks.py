@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -266,3 +267,12 @@ ROLES = ("user", "assistant")
 def _chatml() -> ChatTokenizer:
     with TemporaryDirectory() as folder:
         return load(byte_level(Path(folder), eos="</s>", trim_offsets=False), chat_template="chatml")
+
+
+def test_table_of_the_guide(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "chat.md").read_text(encoding="utf-8")
+    table = guide.partition("| token | trained |\n| --- | --- |\n")[2].partition("\n\n")[0]
+    rows = [re.fullmatch(r"\| `(.+)` \| (yes )?\|", line) for line in table.splitlines()]
+    told = [(row[1].replace("\\|", "|").replace("\\n", "\n"), row[2] is not None) for row in rows if row]
+    chat = load(byte_level(tmp_path, eos="</s>"), chat_template="chatml")
+    assert pieces(chat, render(chat, Conversation(CHAT.messages[1:3]))) == told
