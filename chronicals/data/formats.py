@@ -325,7 +325,7 @@ def _text(value: Any, what: str, *, parts: bool = False) -> str:
     if not isinstance(value, str):
         raise BadRow(f"{what} is missing" if value is None else f"{what} is {_kind(value)}, not text")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise BadRow(f"{what} holds half of a surrogate pair, which is no character")
+        raise BadRow(f"{what} holds half of a surrogate pair")
     return value
 
 

@@ -15,6 +15,7 @@ from chronicals.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+ROLES_ARE = "the roles are system, developer, user, assistant, tool"
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
@@ -255,11 +256,11 @@ def test_a_system_column() -> None:
         (chat("Hi", ANSWER), "turn 1 is text, not an object"),
         (
             chat({"role": "human", "content": "Hi"}, ANSWER),
-            "turn 1 has the role 'human'; the roles are system, developer, user, assistant, tool",
+            f"turn 1 has the role 'human'; {ROLES_ARE}",
         ),
         (
             chat({"content": "Hi"}, ANSWER),
-            "turn 1 has no `role`; the roles are system, developer, user, assistant, tool",
+            f"turn 1 has no `role`; {ROLES_ARE}",
         ),
         (chat(USER, ANSWER | {"train": "no"}), "turn 2 (assistant): `train` is 'no', not true or false"),
         (chat(USER, ANSWER | {"weight": 0.5}), "turn 2 (assistant): `weight` is 0.5, not 0 or 1"),
