@@ -126,6 +126,9 @@ class ModelConfig:
             raise UserError(
                 f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {key_value_heads}"
             )
+        head_dim = get("head_dim") or hidden // heads
+        if head_dim % 2:
+            raise UserError(f"config.json: head_dim {head_dim} is odd, rotary embedding turns pairs")
         activation = get("hidden_act")
         if activation not in _ACTIVATIONS:
             raise UserError(
@@ -144,7 +147,7 @@ class ModelConfig:
             num_hidden_layers=_size(data, "num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=key_value_heads,
-            head_dim=get("head_dim") or hidden // heads,
+            head_dim=head_dim,
             rms_norm_eps=get("rms_norm_eps"),
             activation=_ACTIVATIONS[activation],
             rope=_rope(data, get("rope_theta")),

@@ -45,6 +45,7 @@ SUPPORTED = ", ".join(FAMILIES)
             "hidden_size is None, not a positive integer; take config.json from the model's repository",
         ),
         ({"num_attention_heads": 3}, "num_attention_heads 3 is no multiple of num_key_value_heads 2"),
+        ({"head_dim": 7}, "head_dim 7 is odd, rotary embedding turns pairs"),
         (
             {"hidden_act": "relu"},
             "hidden_act 'relu' is not supported; "
