@@ -89,6 +89,27 @@ def check_public_torch(report, device, dtype, total=2048) -> None:
     report.fact("varlen_attn public equals aten call bit for bit", torch.equal(public, ours))
 
 
+def scratch(report, backends, device, dtype, bins=8, bin_size=2048) -> None:
+    """Memory beyond inputs and outputs: shows a hidden copy of strided q, k, v, and what backward needs for itself."""
+    shape, total = ops.Shape(), bins * bin_size
+    packed, d_out = random_qkv(total, shape, device, dtype)
+    strided, grads = ops.split_qkv(packed, shape), ops.split_qkv(torch.empty_like(packed), shape)
+    for backend in backends:
+        for layout, views in (("strided", strided), ("contiguous", [view.contiguous() for view in strided])):
+            for capacity in (64, 256):
+                cu_seqlens = boundaries([bin_size] * bins, total, capacity, device)
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                out, lse = backend.forward(*views, cu_seqlens, bin_size)
+                forward = torch.cuda.max_memory_allocated() - before - out.nbytes - lse.nbytes
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                backend.backward(d_out, *views, out, lse, cu_seqlens, bin_size, *grads)
+                backward = torch.cuda.max_memory_allocated() - before
+                values = {"forward": round(forward / 2**20, 1), "backward": round(backward / 2**20, 1)}
+                report.figure(f"attention {backend.name} scratch, {layout} q, k, v, D {capacity}", "MiB", **values)
+
+
 def ragged_lengths(bins: int, bin_size: int) -> list[int]:
     """Chat-like documents of 80 to 360 tokens packed into bins, each bin's tail a pad document."""
     generator = torch.Generator().manual_seed(3)

@@ -270,7 +270,7 @@ def thirty_two_times(report, gate, batch) -> None:
     for grad_dtype in (torch.float32, torch.bfloat16):
         run = gate.run(ops.FlashAttention4(deterministic=True), batch, grad_dtype=grad_dtype, accumulate=True)
         run.micro()
-        once = {k: v.float() for k, v in run.grads().items()}
+        once = {k: v.float().clone() for k, v in run.grads().items()}
         for _ in range(31):
             run.micro()
         worst = max(relative_error(v, 32 * once[k]) for k, v in run.grads().items())
@@ -285,8 +285,8 @@ def streams(report, state) -> None:
     command = [sys.executable, os.path.join(HERE, "settle_streams.py")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     for case, process in [(case, subprocess.Popen([*command, case], **pipes)) for case in settle_streams.CASES]:
-        lines = [line for line in process.communicate()[0].splitlines() if "captured" in line or "Error" in line]
-        report.fact(f"capture, {case}", lines[-1][:160] if lines else f"exit {process.returncode}")
+        lines = [line for line in process.communicate()[0].splitlines() if "captured" in line or "Error: " in line]
+        report.fact(f"capture, {case}", lines[0][:160] if lines else f"exit {process.returncode}")
 
 
 def hooks(report, state) -> None:
@@ -297,6 +297,7 @@ def hooks(report, state) -> None:
 
 
 def capacity_times(report, state) -> None:
+    attention.scratch(report, state["backends"], DEVICE, DTYPE)
     attention.time_capacity(report, state["backends"], timed, capture, DEVICE, DTYPE)
 
 
