@@ -140,11 +140,18 @@ def report(
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
-) -> None:
+) -> int:
     """Check this machine: Python, torch, GPU, attention, disk; a mend for every red line."""
-    from chronicals.commands.doctor import diagnose
+    from rich.console import Console
 
-    typer.echo(diagnose(as_json=as_json))
+    from chronicals.commands.doctor import diagnose, show, to_json
+
+    checks = diagnose()
+    if as_json:
+        typer.echo(to_json(checks))
+    else:
+        show(checks, Console())
+    return USER_ERROR if any(check.status == "fail" for check in checks) else DONE
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from chronicals.data.documents import Documents
 
@@ -27,6 +28,7 @@ def unigram_entropy(documents: Documents) -> float:
 
 def load(folder: Path) -> Any:
     """The checkpoint, by transformers, in float32."""
+    disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -35,10 +37,10 @@ def transformers_loss(folder: Path, documents: Documents) -> float:
     """Nats per supervised token of the checkpoint: transformers' model, one document at a time, nothing packed."""
     model, total, count = load(folder), 0.0, 0
     for tokens, mask in documents:
-        ids = torch.as_tensor(tokens, dtype=torch.int64)
+        ids = torch.tensor(tokens, dtype=torch.int64)
         log_probabilities = model(ids[None]).logits[0, :-1].log_softmax(-1)
         losses = -log_probabilities.gather(1, ids[1:, None])[:, 0]
-        trained = torch.as_tensor(mask)[1:].bool()
+        trained = torch.tensor(mask)[1:]
         total, count = total + losses[trained].sum().item(), count + int(trained.sum())
     return total / count
 

@@ -224,6 +224,21 @@ def test_verify_exits_1_past_tolerance(
     assert chronicals_("verify", "m") == (code, "the table\n", "")
 
 
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("fail", 2)])
+def test_doctor_exits_2_where_something_must_be_mended(
+    chronicals_: Cli, monkeypatch: pytest.MonkeyPatch, status: str, code: int
+) -> None:
+    from chronicals.commands.doctor import Check
+
+    monkeypatch.setattr("chronicals.commands.doctor.diagnose", lambda: [Check("GPU", status, "seen", "mend it")])
+    ran = chronicals_("doctor")
+    assert ran.code == code
+    assert "seen" in ran.out
+    ran = chronicals_("doctor", "--json")
+    assert ran.code == code
+    assert json.loads(ran.out) == [{"name": "GPU", "status": status, "found": "seen", "mend": "mend it"}]
+
+
 def test_a_shell_sees_the_same(tmp_path: Path) -> None:
     ran = spawn("train", "none.yaml", cwd=tmp_path)
     assert (ran.returncode, ran.stdout) == (2, "")

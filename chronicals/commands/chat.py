@@ -69,7 +69,9 @@ class Partner:
     def __init__(self, path: Path, system: str | None, max_new_tokens: int, temperature: float | None) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         if system is not None and self.tokenizer.chat_template is None:
             raise UserError("this model has no chat template, so no system message", "leave --system out", file=path)
