@@ -126,11 +126,8 @@ class Names:
         return raw
 
     def _unknown(self, key: Any, path: KeyPath, fields: Iterable[str], names: _Tables) -> UserError:
-        supported = [*fields, *names.aliases]
-        near = difflib.get_close_matches(str(key), supported, n=1, cutoff=0.7)
-        near = near or difflib.get_close_matches(
-            str(key), [*supported, *names.notes, *names.unsupported], n=1, cutoff=0.7
-        )
+        known = [*fields, *names.aliases, *names.notes, *names.unsupported]
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.7)
         mend = f"did you mean {near[0]!r}?" if near else _HELP
         return self.source.error((*self.as_written(path), key), f"unknown key {key!r}", mend)
 

@@ -98,7 +98,6 @@ def override(source: Source, text: str, canonical: Callable[[str], str]) -> None
     for other in [k for k in source.data if isinstance(k, str) and canonical(k) == canonical(steps[0])]:
         if other != steps[0]:
             source.data[steps[0]] = source.data.pop(other)
-            _move(source.places, other, steps[0])
     _assign(source.data, steps, value, place)
     path = tuple(steps)
     for stale in [p for p in source.places if p[: len(path)] == path]:
@@ -106,11 +105,6 @@ def override(source: Source, text: str, canonical: Callable[[str], str]) -> None
     for end in range(1, len(path)):
         source.places.setdefault(path[:end], place)
     source.places[path] = place
-
-
-def _move(places: dict[KeyPath, Place], old: str, new: str) -> None:
-    for path in [p for p in places if p[:1] == (old,)]:
-        places[(new, *path[1:])] = places.pop(path)
 
 
 def _assign(data: Any, steps: list[str | int], value: Any, place: Place) -> None:

@@ -309,6 +309,8 @@ def test_the_place_of_a_wrong_override_is_the_override(error, override: str, mes
 def test_an_override_of_a_part_leaves_the_rest_its_lines(error) -> None:
     message = error("special_tokens:\n  pad_token: 3\n", "special_tokens.eos_token=x")
     assert message.startswith("c.yaml:5: special_tokens.pad_token must be text")
+    message = error("special_tokens:\n  pad_token: 3\n", "special_tokens={pad_token: 4}")
+    assert message.startswith("special_tokens={pad_token: 4}: special_tokens.pad_token must be text, not 4")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
