@@ -11,7 +11,8 @@ Left out: slow tokenizers (without offsets no mask by position is exact) and cod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,11 +131,26 @@ def _load(config: TrainConfig) -> PreTrainedTokenizerBase:
     options: dict[str, Any] = {"mistral_format": False}  # mistral-common's tokenizer says no offsets
     if config.tokenizer_config is not None and config.tokenizer_config != config.base_model:
         # The model's config decides the tokenizer's class once they are saved together: so it must decide it now.
-        options["config"] = transformers.AutoConfig.from_pretrained(folder)
+        with _explained("model config", folder):
+            options["config"] = transformers.AutoConfig.from_pretrained(folder)
         folder = hub.resolve(config.tokenizer_config, allow_patterns=_FILES)
     if not any((folder / name).exists() for name in _EITHER):
         raise UserError(f"{folder} has no tokenizer", "name one with tokenizer_config")
-    return transformers.AutoTokenizer.from_pretrained(folder, **options)
+    with _explained("tokenizer", folder):
+        return transformers.AutoTokenizer.from_pretrained(folder, **options)
+
+
+@contextmanager
+def _explained(what: str, folder: Path) -> Iterator[None]:
+    """Turns what transformers raises at files that are cut, or not its own, into a UserError."""
+    try:
+        yield
+    except ImportError as error:  # sentencepiece, protobuf: the tokenizer must be converted first
+        raise UserError(f"the {what} in {folder} needs a package that is not installed: {error}") from error
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"the {what} in {folder} cannot be read ({type(error).__name__}: {error})", "download or save it again"
+        ) from error
 
 
 def _apply_special_tokens(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:

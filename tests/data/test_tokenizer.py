@@ -207,3 +207,25 @@ def test_errors_of_tokenizers(tmp_path: Path) -> None:
     assert refusal(byte_level(tmp_path / "b", eos="</s>"), eot_tokens=["<|eot|>"]) == (
         "eot_tokens: '<|eot|>' is not one token of this tokenizer; add it under `tokens` too"
     )
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_damaged_files(file: str, tmp_path: Path) -> None:
+    folder = byte_level(tmp_path, eos="</s>")
+    (folder / file).write_text('{"model_type": ')
+    message = refusal(folder)
+    assert message.startswith(f"the tokenizer in {folder} cannot be read (")
+    assert message.endswith("download or save it again")
+
+
+def test_tokenizer_beside_a_model_without_config(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    message = refusal(model, tokenizer_config=str(byte_level(tmp_path / "tokenizer", eos="</s>")))
+    assert message.startswith(f"the model config in {model} cannot be read (ValueError: ")
+
+
+def test_missing_tokenizer_file(tmp_path: Path) -> None:
+    folder = byte_level(tmp_path, eos="</s>")
+    (folder / "tokenizer.json").unlink()
+    assert refusal(folder).startswith(f"the tokenizer in {folder} cannot be read (ValueError: Couldn't instantiate")
