@@ -1,6 +1,7 @@
 """The two errors a run ends with on purpose; everything else is a bug and keeps its traceback.
 
-`UserError` is what the user can mend (exit code 2); `GuardError` is the guard stopping a run that does not train (exit code 3).
+`UserError` is what the user can mend (exit code 2); `GuardError` is the guard stopping a run that does not train (exit
+code 3).
 """
 
 from __future__ import annotations
