@@ -30,11 +30,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -c 'import platform; print(platform.python_version())'); name another: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; install it: apt install python3-venv" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): a few minutes, most of them for torch"
 ifeq ($(GPU)$(filter-out Linux,$(OS)),)
-	$(PIP) install --quiet --retries 2 --constraint constraints.txt \
+	@$(PIP) install --quiet --retries 2 --constraint constraints.txt \
 	  --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu"
 endif
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 demo: $(STAMP)
