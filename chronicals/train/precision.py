@@ -41,6 +41,19 @@ def resolve_dtype(bf16: str | bool, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
+def out_of_memory_explained() -> Iterator[None]:
+    """A GPU that ran full is something the user can mend: UserError with the ways to need less, the free ones first."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU is out of memory",
+            "halve micro_batch_size and double gradient_accumulation_steps, which trains the same; "
+            "or set recompute: full, or a shorter sequence_len",
+        ) from error
+
+
+@contextmanager
 def reproducible(seed: int, device: torch.device, *, deterministic: bool) -> Iterator[None]:
     """Seed torch, and make it compute the same bits every time: on the CPU always, on a GPU where `deterministic` asks.
 

@@ -25,7 +25,7 @@ from chronicals.train.checkpoint import STATE_FILE, try_save, write_final
 from chronicals.train.display import Display
 from chronicals.train.evaluate import evaluate
 from chronicals.train.metrics import Meter, MetricsFile, Row
-from chronicals.train.precision import reproducible
+from chronicals.train.precision import out_of_memory_explained, reproducible
 from chronicals.train.setup import Run
 from chronicals.train.signals import StopSignals
 from chronicals.train.state import RunState
@@ -47,6 +47,14 @@ class TrainResult:
     output_dir: Path
 
     @property
+    def summary(self) -> str:
+        """One line about it."""
+        if self.exit_code:
+            how = f"stopped by {self.status} after {self.steps} steps, in {self.output_dir}"
+            return f"{how}; resume_from_checkpoint: auto goes on from there"
+        return f"{self.status} after {self.steps} steps, in {self.output_dir}"
+
+    @property
     def exit_code(self) -> int:
         """0, or 128 + the signal's number."""
         return 128 + signal.Signals[self.status] if self.status in signal.Signals.__members__ else 0
@@ -66,7 +74,7 @@ class Trainer:
         """The whole run; `dry_run` stops before the first step and leaves nothing behind."""
         config = self.config
         start = setup.check_start(config)
-        loggers.wanted(config)
+        loggers.wanted(config)  # a library that is missing is told now
         with reproducible(config.seed, start.device, deterministic=config.deterministic):
             data = setup.load_data(config, progress=self.console.is_terminal)
             display = Display(self.console, data.plan.total_steps)
@@ -80,7 +88,7 @@ class Trainer:
             try_save(start.output_dir, run.parts())
             if dry_run:
                 return _result("dry run", run.state, start.output_dir)
-            with StopSignals() as signals:
+            with StopSignals() as signals, out_of_memory_explained():
                 return Training(run, display, signals).run_to_the_end()
 
 
@@ -90,7 +98,7 @@ class Training:
     def __init__(self, run: Run, display: Display, signals: StopSignals) -> None:
         self.run, self.display, self.signals = run, display, signals
         self.state, self.plan, self.output_dir = run.state, run.data.plan, run.start.output_dir
-        self.saved = self.state.step if run.start.checkpoint else -1  # the step of the newest checkpoint
+        self.saved = self.state.step  # the last step that needs no checkpoint: the one resumed from, or step 0
         self.loss_sum = torch.tensor(self.state.loss_sum, device=run.start.device)  # since the last logged row
 
     def run_to_the_end(self) -> TrainResult:
@@ -108,7 +116,7 @@ class Training:
         try:
             with self.display:
                 result = self.train()
-            self.display.say(f"{result.status} after {result.steps} steps, in {folder}")
+            self.display.say(result.summary)
             exit_code = result.exit_code
             return result
         finally:
@@ -125,11 +133,11 @@ class Training:
             if state.step in plan.evals and state.evaluated < state.step:
                 self.evaluate()
             done = state.step >= plan.total_steps or state.stopped_early
-            signalled = self.signals.received
-            if state.step > 0 and (state.step in plan.saves or signalled or (done and plan.saves)):
+            if state.step in plan.saves or (done and plan.saves):
                 self.save()
-            if signalled:
-                return _result(signalled.name, state, self.output_dir)
+            if self.signals.received:
+                self.save()
+                return _result(self.signals.received.name, state, self.output_dir)
             if done:
                 self.finish()
                 return _result("stopped early" if state.stopped_early else "finished", state, self.output_dir)

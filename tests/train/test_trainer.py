@@ -277,6 +277,19 @@ def test_signal_handlers_and_torchs_switches_come_back(folder: Path) -> None:
     assert torch.utils.deterministic.fill_uninitialized_memory == fill
 
 
+def test_out_of_memory_names_what_needs_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    monkeypatch.setattr(trainer, "train_step", full)
+    assert refusal(folder) == (
+        "the GPU is out of memory; halve micro_batch_size and double gradient_accumulation_steps, "
+        "which trains the same; or set recompute: full, or a shorter sequence_len"
+    )
+
+
 def test_outside_the_main_thread(folder: Path) -> None:
     results = []
     thread = threading.Thread(target=lambda: results.append(helpers.run(helpers.make_config(folder, max_steps=1))[0]))
