@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AutoModelForCausalLM
 
+import chronicals.data
 from chronicals.commands.chat import chat, model_folder
 from chronicals.errors import UserError
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from tests.train import helpers
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose next token depends on its input, with a chat template."""
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        ["a"], vocab_size=259, new_special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=1, initializer_range=1.0, **shape)
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    """A tiny model with a chat template, whose weights are so large that its answers hang on every word."""
+    path = helpers.make_model(tmp_path_factory.mktemp("model"))
+    model = AutoModelForCausalLM.from_pretrained(path)
+    for parameter in model.parameters():
+        parameter.data.mul_(5)
+    model.save_pretrained(path)
+    shutil.copy(Path(chronicals.data.__file__).parent / "templates" / "chatml.jinja", path / "chat_template.jinja")
     return path
 
 
