@@ -79,22 +79,26 @@ def _per_document(
 ) -> Tensor:
     bounds = cu_seqlens.tolist()
     assert (bounds[0], bounds[-1]) == (0, len(q)), f"cu_seqlens run from {bounds[0]} to {bounds[-1]}, not 0 to {len(q)}"
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     outputs = [q[:0]]
-    for start, end in itertools.pairwise(bounds):
-        if end == start:
-            continue
+    # split, not slices: the backward of each slice would fill a tensor of all T rows
+    for query, key, value in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
         if softcap is not None:
-            outputs.append(_document_math(q[start:end], k[start:end], v[start:end], window, softcap, scale))
-            continue
-        # heads before tokens, with a batch of one: (1, N, L, D)
-        one, keys, values = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        banded = window is not None and end - start > window
-        mask = _visible(end - start, window, q.device) if banded else None
-        out = F.scaled_dot_product_attention(
-            one, keys, values, attn_mask=mask, is_causal=not banded, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        outputs.append(out.squeeze(0).transpose(0, 1))
+            outputs.append(_document_math(query, key, value, window, softcap, scale))
+        elif len(query):
+            outputs.append(_document_sdpa(query, key, value, window, scale))
     return torch.cat(outputs)
+
+
+def _document_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
+    """One document through torch's kernel. q (L, Nq, D); k, v (L, Nk, D) -> (L, Nq, D)."""
+    banded = window is not None and len(q) > window
+    mask = _visible(len(q), window, q.device) if banded else None
+    grouped = q.shape[1] != k.shape[1]
+    # heads before tokens, with a batch of one: (1, N, L, D)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not banded, scale=scale, enable_gqa=grouped)
+    return out.squeeze(0).transpose(0, 1)
 
 
 def _torch_varlen() -> Callable[..., Tensor]:

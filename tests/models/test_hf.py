@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -223,6 +224,25 @@ def test_the_saved_dtype_is_in_the_config(folder: Path, tmp_path: Path, before: 
     assert {name: config[name] for name in ("dtype", "torch_dtype") if name in config} == {key: "bfloat16"}
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     assert load_model(tmp_path / "out").norm.weight.dtype == torch.float32
+
+
+def test_a_config_of_transformers_4_is_read_and_kept(tmp_path: Path) -> None:
+    """`rope_theta`, `rope_scaling` and `torch_dtype` instead of `rope_parameters` and `dtype`."""
+    theirs = save_reference("llama3-rope", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    data = json.loads(file.read_text())
+    data["rope_scaling"] = data.pop("rope_parameters")
+    data["rope_theta"] = data["rope_scaling"].pop("rope_theta")
+    data["torch_dtype"] = data.pop("dtype")
+    file.write_text(json.dumps(data))
+    save_model(load_model(tmp_path / "model"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == data
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    tokens = torch.arange(60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits)
+        hidden = load_model(tmp_path / "out")(tokens[0], torch.arange(60), torch.tensor([0, 60]).int(), 60)
+    torch.testing.assert_close(hidden @ again.lm_head.weight.T, theirs(tokens).logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_views_are_views(folder: Path) -> None:
