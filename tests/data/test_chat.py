@@ -217,8 +217,9 @@ def test_tools_in_chatml(arguments: Any, tmp_path: Path) -> None:
     [
         {},
         {"n": 1},
-        {"a": {"b": [1, "x", 2]}},
-        {"a": "x", "b": {"c": [1, None]}},
+        {"a": "x", "b": "<|eot_id|>"},
+        {"a": {"b": [1, "x", "<|eot_id|>", 2]}},
+        {"a": "x", "<|eot_id|>": {"c": [1, None]}},
         {"a": "<|eot_id|>", "b": [[]]},
         {"": []},
     ],
@@ -226,14 +227,12 @@ def test_tools_in_chatml(arguments: Any, tmp_path: Path) -> None:
 def test_tools_in_llama3(arguments: Any, tmp_path: Path) -> None:
     """Whatever the arguments end with, the turn's end is found after them."""
     chat = load(byte_level(tmp_path, bos="<s>", eos="</s>"), chat_template="llama3")
-    row = Conversation(
-        [{"role": "user", "content": "Hi"}, call(arguments), {"role": "tool", "content": "sunny"}], TOOLS
-    )
-    document = render(chat, row)
-    assert trained(chat, document) == [f'{{"name": "weather", "parameters": {json.dumps(arguments)}}}<|eot_id|>']
-    assert chat.tokenizer.decode(document.tokens).endswith(
-        "<|start_header_id|>ipython<|end_header_id|>\n\nsunny<|eot_id|>"
-    )
+    messages = [{"role": "user", "content": "Hi"}, call(arguments), {"role": "tool", "content": "sunny"}]
+    document = render(chat, Conversation(messages, TOOLS))
+    answer = f'{{"name": "weather", "parameters": {json.dumps(arguments)}}}<|eot_id|>'
+    assert trained(chat, document) == trained(chat, render(chat, Conversation(messages[:2], TOOLS))) == [answer]
+    text = chat.tokenizer.decode(document.tokens)
+    assert text.endswith("<|start_header_id|>ipython<|end_header_id|>\n\nsunny<|eot_id|>")
 
 
 def test_every_end_token_of_a_chat_with_tools(tmp_path: Path) -> None:
