@@ -114,10 +114,10 @@ def verify(
     import torch
 
     from chronicals import hub
-    from chronicals.models.hf import load_config, load_model
+    from chronicals.models.hf import DOWNLOADS, load_config, load_model
 
     assert length >= 2, "a document of one token predicts nothing"
-    folder = hub.resolve(model)
+    folder = hub.resolve(model, allow_patterns=DOWNLOADS)
     config = load_config(folder)
     generator = torch.Generator().manual_seed(seed)
     lengths = [max(1, length - i * length // max(1, documents - 1)) for i in range(documents)]

@@ -30,7 +30,8 @@ from chronicals.models.families import FAMILIES
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_DOWNLOADS = (_CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+# by name: some repositories hold the weights twice, in their maker's own layout too
+DOWNLOADS = (_CONFIG, "generation_config.json", "model*.safetensors", _INDEX)
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 # old checkpoints store what is computed anyway
 _HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
@@ -57,7 +58,7 @@ def load_model(
     Raises:
         UserError: no such model, an unsupported config.json, or a tensor that is missing, extra, misshapen or damaged.
     """
-    folder = hub.resolve(path_or_id, revision=revision, allow_patterns=_DOWNLOADS)
+    folder = hub.resolve(path_or_id, revision=revision, allow_patterns=DOWNLOADS)
     config = load_config(folder)
     stored = _stored_tensors(folder)
     model = Decoder(config, ops, device=device, dtype=dtype)
