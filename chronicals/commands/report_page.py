@@ -25,7 +25,8 @@ h2 { font-size: 15px; margin: 0 0 8px; font-weight: 600; }
 .soft { color: var(--soft); }
 header p { margin: 0; overflow-wrap: anywhere; }
 .status { font-weight: 600; color: var(--good); } .status.cut { color: var(--warn); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(210px, min(300px, 46%)), 1fr)); gap: 12px; margin: 28px 0 12px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(210px, min(300px, 46%)), 1fr));
+  gap: 12px; margin: 28px 0 12px; }
 .card, figure { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
 .card { padding: 14px 16px; } .card .soft { font-size: 13px; }
 .card b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
