@@ -138,11 +138,12 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert chat.fingerprint() == load(twin, chat_template="chatml").fingerprint()
     others = [
         load(folder, chat_template="alpaca"),
+        load(folder, chat_template="jinja", chat_template_jinja=templates.built_in("alpaca").replace("Below", "Here")),
         load(folder, chat_template="chatml", tokens=["Hello there"]),
         load(folder, chat_template="chatml", eot_tokens=["</s>"]),
         load(byte_level(tmp_path / "c", bos="<s>", eos="</s>", adds_bos=True), chat_template="chatml"),
     ]
-    assert len({tokenizer.fingerprint() for tokenizer in [chat, *others]}) == 5
+    assert len({tokenizer.fingerprint() for tokenizer in [chat, *others]}) == 6
     render(chat, CHAT)
     assert chat.fingerprint() == load(folder, chat_template="chatml").fingerprint()
 
