@@ -76,7 +76,9 @@ def test_special_tokens_and_tokens(tmp_path: Path) -> None:
     assert sum(render(chat, RawText("Hi", "<tool>Hello there")).loss_mask) == 3
 
 
-@pytest.mark.parametrize(("tokens", "pad"), [({"pad": "<pad>"}, "<pad>"), ({"eos": "</s>"}, "</s>"), ({}, None)])
+@pytest.mark.parametrize(
+    ("tokens", "pad"), [({"eos": "</s>", "pad": "<pad>"}, "<pad>"), ({"eos": "</s>"}, "</s>"), ({}, None)]
+)
 def test_pad(tokens: dict[str, str], pad: str | None, tmp_path: Path) -> None:
     chat = load(byte_level(tmp_path, **tokens))
     assert chat.pad_id == (0 if pad is None else chat.tokenizer.convert_tokens_to_ids(pad))
