@@ -92,7 +92,7 @@ class Checkpoints:
         with aside(final) as folder:
             write_checkpoint(folder, parts, state)
             if final.exists():  # a run that went back to an older checkpoint comes by again
-                shutil.rmtree(final)
+                _remove(final)
             folder.rename(final)
         _sync(self.output_dir)
         self._prune(step)
@@ -102,7 +102,7 @@ class Checkpoints:
         """Remove what the limit leaves no room for, and later ones: they belong to a line that was gone back on."""
         done = [step for step in self.steps() if step <= newest]
         for step in set(self.steps()) - set(done[-self.limit :] if self.limit else done):
-            shutil.rmtree(self.path(step))
+            _remove(self.path(step))
 
 
 @contextmanager
@@ -113,10 +113,9 @@ def aside(final: Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True)
         yield folder
-    except OSError as error:
-        raise UserError(
-            f"cannot save: {error.strerror or error}", "free space or choose another output_dir", file=final
-        ) from error
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot save: {reason}", "free space or choose another output_dir", file=final) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -267,6 +266,11 @@ def _read(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
 def _hex(tensors: Sequence[Tensor]) -> list[str]:
     """Digests as the host reads them, in one go."""
     return [f"{value & (1 << 64) - 1:016x}" for value in digests(tensors).tolist()]
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take the name away first: whoever comes by meanwhile sees no half of a checkpoint."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.old{_ASIDE}")))
 
 
 def _sync(path: Path) -> None:

@@ -143,22 +143,6 @@ def load_data(config: TrainConfig, *, progress: bool) -> Data:
     return Data(chat, prepared, train, evaluation, plan)
 
 
-def find_state(
-    config: TrainConfig, start: Start, data: Data
-) -> tuple[RunState, dict[str, Any], dict[str, Any] | None, list[str]]:
-    """The state to begin with, this run's identity, the checkpoint's contents where there is one, and notes."""
-    ours = identity(config, data.prepared.train, data.prepared.eval, str(start.dtype).removeprefix("torch."))
-    if start.checkpoint is None:
-        return RunState(), ours, None, []
-    saved = read_checkpoint(start.checkpoint)
-    check_identity(saved["identity"], ours, start.checkpoint / STATE_FILE)
-    state = RunState(**saved["progress"])
-    if start.checkpoint.resolve().parent != start.output_dir.resolve():
-        state.metrics_bytes = 0  # those rows are in the other run's file
-    notes = [f"resuming from {start.checkpoint}, step {state.step}", *told_changes(saved["settings"], config)]
-    return state, ours, saved, notes
-
-
 def is_finished(config: TrainConfig, start: Start, plan: Plan) -> RunState | None:
     """The state of the final model in `output_dir`, if it has all the steps that are asked for.
 
@@ -173,7 +157,8 @@ def is_finished(config: TrainConfig, start: Start, plan: Plan) -> RunState | Non
 
 def build(config: TrainConfig, start: Start, data: Data) -> Run:
     """Model, optimizer and guard, filled from the checkpoint where there is one."""
-    state, ours, saved, notes = find_state(config, start, data)
+    ours = identity(config, data.prepared.train, data.prepared.eval, str(start.dtype).removeprefix("torch."))
+    saved = _saved_state(start, ours)
     model = _model(config, start, data.chat)
     model.recompute = config.recompute == "full"
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -184,9 +169,13 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
         weight_decay=config.weight_decay,
         decay_names=decay_names(trainable),
     )
-    if saved is not None:
-        assert start.checkpoint is not None
+    state, notes = RunState(), []
+    if saved is not None and start.checkpoint is not None:
         restore(start.checkpoint, saved, model, optimizer)
+        state = RunState(**saved["progress"])
+        notes = [f"resuming from {start.checkpoint}, step {state.step}", *told_changes(saved["settings"], config)]
+        if start.checkpoint.resolve().parent != start.output_dir.resolve():
+            state.metrics_bytes = 0  # the rows before it are in the other run's file
 
     hf_names = {name: [theirs for theirs, _ in hf_views(model, {name: p})] for name, p in trainable.items()}
 
@@ -253,6 +242,15 @@ def header(run: Run) -> dict[str, str]:
     return facts
 
 
+def _saved_state(start: Start, ours: dict[str, Any]) -> dict[str, Any] | None:
+    """`trainer_state.json` of the checkpoint to go on from, if there is one, seen to be of this very run."""
+    if start.checkpoint is None:
+        return None
+    saved = read_checkpoint(start.checkpoint)
+    check_identity(saved["identity"], ours, start.checkpoint / STATE_FILE)
+    return saved
+
+
 def _model(config: TrainConfig, start: Start, chat: ChatTokenizer) -> Decoder:
     if start.checkpoint is not None:
         return load_model(start.checkpoint, dtype=start.dtype, device=start.device)
@@ -272,7 +270,10 @@ def _base_folder(config: TrainConfig) -> Path:
 
 def _generation_config(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
-    return json.loads(file.read_bytes()) if file.is_file() else {}
+    try:
+        return json.loads(file.read_bytes()) if file.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"this is not JSON ({error})", "download it again, or remove it", file=file) from error
 
 
 def _schedule(config: TrainConfig) -> Schedule:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from chronicals.errors import UserError
@@ -100,6 +100,40 @@ def test_the_old_one_goes_only_when_the_new_one_is_complete(folder: Path, monkey
     )
     assert kept == [["checkpoint-1.tmp"], ["checkpoint-1", "checkpoint-2.tmp"], ["checkpoint-2", "checkpoint-3.tmp"]]
     assert sorted(path.name for path in (folder / "out").glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+def test_removing_is_atomic_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it removes one, a run leaves no checkpoint that lacks files."""
+    rmtree = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if "old" in path.name:
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    config = helpers.make_config(folder, max_steps=2, save_steps=1, save_total_limit=1, resume_from_checkpoint="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            helpers.run(config)
+    names = sorted(path.name for path in (folder / "out").glob("checkpoint-*"))
+    assert names == ["checkpoint-1.old.tmp", "checkpoint-2"]
+    _, text = helpers.run(config)
+    assert "note: removed checkpoint-1.old.tmp" in text
+    assert sorted(path.name for path in (folder / "out").glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+def test_a_disk_that_safetensors_finds_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_model", full)
+    with pytest.raises(UserError) as caught:
+        helpers.run(helpers.make_config(folder))
+    assert str(caught.value) == (
+        f"{folder}/out/test-save: cannot save: I/O error: No space left on device (os error 28); "
+        "free space or choose another output_dir"
+    )
 
 
 def test_every_file_is_forced_to_disk_before_the_folder_gets_its_name(

@@ -196,6 +196,14 @@ def test_output_dir_that_cannot_be_written(folder: Path) -> None:
     assert "cannot save: Not a directory; free space or choose another output_dir" in message
 
 
+def test_generation_config_that_is_not_json(folder: Path) -> None:
+    helpers.make_model(folder / "other")
+    (folder / "other" / "generation_config.json").write_text("{")
+    message = refusal(folder, base_model=str(folder / "other"))
+    assert message.startswith(f"{folder}/other/generation_config.json: this is not JSON (")
+    assert message.endswith("; download it again, or remove it")
+
+
 def test_early_stopping(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 2.0, 2.5, 1.9, 2.2, 2.1, 1.0])  # of steps 0, 1, ...; two without gain: step 5
     monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: Evaluation(next(losses), 7))
@@ -285,8 +293,8 @@ def test_out_of_memory_names_what_needs_less(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(trainer, "train_step", full)
     assert refusal(folder) == (
-        "the GPU is out of memory; halve micro_batch_size and double gradient_accumulation_steps, "
-        "which trains the same; or set recompute: full, or a shorter sequence_len"
+        "the GPU is out of memory; halve micro_batch_size and double gradient_accumulation_steps, which trains the "
+        "same; or set recompute: full, or a shorter sequence_len"
     )
 
 
