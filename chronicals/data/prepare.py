@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chronicals.data.documents import Counts, Documents, Prepared, PrepareReport
-from chronicals.data.formats import ROLES, find_format
+from chronicals.data.formats import find_format
 from chronicals.data.readers import Row
 from chronicals.data.rendering import Chunk, Fate, Recipe, render_row, render_sources
 from chronicals.data.sources import Source, open_source
@@ -110,7 +110,7 @@ def _work(config: TrainConfig, chat: ChatTokenizer, entries: Sequence[DatasetEnt
 def _recipe(config: TrainConfig, chat: ChatTokenizer, source: Source) -> Recipe:
     entry = source.entry
     inputs = config.train_on_inputs if entry.train_on_inputs is None else entry.train_on_inputs
-    roles = ROLES if inputs else tuple(entry.roles_to_train or config.roles_to_train)
+    roles = tuple(entry.roles_to_train or config.roles_to_train)
     readable = next((row for row in source if isinstance(row.data, dict)), None)
     if readable is None:
         first = next(iter(source))

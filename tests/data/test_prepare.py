@@ -291,7 +291,8 @@ def test_test_datasets(model: str, chat: ChatTokenizer) -> None:
 
 
 def test_the_number_of_processes_changes_nothing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "SERIAL_ROWS", rendering.CHUNK_ROWS)
+    monkeypatch.setattr(rendering, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(rendering, "SERIAL_ROWS", 8)
     rows = [talk(f"one {i}", f"two {i * i}") if i % 7 else talk("Hi", "") for i in range(300)]
     made = []
     for processes in (1, 2):
@@ -304,7 +305,8 @@ def test_the_number_of_processes_changes_nothing(model: str, monkeypatch: pytest
 
 
 def test_the_first_bad_row_is_named_by_several_processes_too(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "SERIAL_ROWS", rendering.CHUNK_ROWS)
+    monkeypatch.setattr(rendering, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(rendering, "SERIAL_ROWS", 8)
     rows = [talk("Hi", "Hello") if i not in (150, 250) else talk("Hi", "") for i in range(300)]
     asked = config(model, *rows, dataset_processes=2)
     assert complaint(asked, load_tokenizer(asked)).startswith("x.jsonl:151: turn 2 (assistant): the answer is empty; ")
@@ -317,7 +319,8 @@ def _killed(number: int, rows: Any) -> None:
 
 
 def test_a_killed_worker_is_told(model: str, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "SERIAL_ROWS", rendering.CHUNK_ROWS)
+    monkeypatch.setattr(rendering, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(rendering, "SERIAL_ROWS", 8)
     monkeypatch.setattr(rendering, "_work", _killed)
     asked = config(model, *[talk("Hi", "Hello")] * 100, dataset_processes=2)
     assert complaint(asked, chat) == (
@@ -341,6 +344,8 @@ def test_the_same_again_is_read_from_the_cache(model: str, chat: ChatTokenizer, 
     assert same(again, prepared)
     assert again.report.train == prepared.report.train
     assert again.report.eval == prepared.report.eval
+    files = {f"{part}.{array}.npy" for part in ("train", "eval") for array in ("tokens", "loss_mask", "offsets")}
+    assert {file.name for file in again.report.cache.iterdir()} == files | {"manifest.json"}
     # what does not decide the documents does not decide the cache
     other = config(model, val_set_size=4, learning_rate=1e-3, micro_batch_size=4, dataset_processes=1)
     assert prepare(other, chat).report.from_cache
