@@ -176,8 +176,9 @@ def test_template_without_generation_prompt(tmp_path: Path) -> None:
     assert trained(chat, render(chat, CHAT)) == ["Hello<|im_end|>", "Sure one<|im_end|>"]
 
 
-def test_two_end_tokens(tmp_path: Path) -> None:
-    chat = with_template(tmp_path, TWO_ENDS)
+@pytest.mark.parametrize("first", ["", "<|start|>system<|message|>Be brief<|end|>"])
+def test_two_end_tokens(first: str, tmp_path: Path) -> None:
+    chat = with_template(tmp_path, first + TWO_ENDS)
     assert chat.eot_tokens == ("<|return|>", "<|end|>")
     assert trained(chat, render(chat, CHAT)) == ["<|message|>Hello<|end|>", "<|message|>Sure one<|return|>"]
 
