@@ -44,7 +44,7 @@ class RunState:
     metrics_bytes: int = 0  # length of metrics.jsonl
 
     def take(self, evaluation: Evaluation, patience: int | None) -> None:
-        """Take in an evaluation; `patience` of them in a row without a new best after the first step end the run."""
+        """Take in an evaluation; `patience` of them in a row without a new best, step 0's included, end the run."""
         self.evaluated, self.eval_loss = self.step, evaluation.loss
         if self.best_eval_loss is None or evaluation.loss < self.best_eval_loss:
             self.best_eval_loss, self.evals_without_gain = evaluation.loss, 0
