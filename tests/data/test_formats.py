@@ -251,7 +251,7 @@ def test_a_system_column() -> None:
         ),
         (
             chat(USER, ANSWER | {"content": "\ud800"}),
-            "turn 2 (assistant): `content` holds half of a surrogate pair, which is no character",
+            "turn 2 (assistant): `content` holds half of a surrogate pair",
         ),
         (chat("Hi", ANSWER), "turn 1 is text, not an object"),
         (
