@@ -161,9 +161,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with command.make_context("chronicals", list(arguments)) as context:
             debug = bool(context.params["debug"])
-            code = command.invoke(context) or DONE
-        sys.stdout.flush()  # a closed pipe shows here, not after main
-        return code
+            return command.invoke(context) or DONE
     except typer.Exit as stop:
         return stop.exit_code
     except (ClickException, UserError, GuardError) as error:

@@ -46,7 +46,7 @@ def main() -> int:
     prompts = [question for question, _ in pairs]
     answers = zip(pairs, completions(WORK / "base", run, prompts), completions(run, run, prompts), strict=True)
     for (question, truth), untrained, trained in answers:
-        print(f"\n{question}\n  before: {untrained!r}\n  after:  {trained!r}\n  truth:  {truth!r}")
+        print(f"\n{question}\n  before: {untrained[:60]!r}\n  after:  {trained!r}\n  truth:  {truth!r}")
 
     dtype = json.loads((run / "config.json").read_text())["dtype"]
     tolerance = 1e-4 if dtype == "float32" else 1e-2  # transformers computes in float32 whatever we trained in
