@@ -73,7 +73,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     last = max(row["step"] for row in rows)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(PAGE).render(
-        title=run.resolve().name,
+        title=str(run) if run.name else run.resolve().name,
         subtitle=subtitle(yaml.safe_load(config) or {}, run),
         finished=finished,
         status=f"Finished after {last:,} steps"
