@@ -20,7 +20,7 @@ class Display:
         self.console, self.total_steps = console, total_steps
         columns = [TextColumn(f"{{task.fields[{field}]}}") for field in _FIELDS]
         self._bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task("train", total=total_steps, loss="", speed="", memory="")

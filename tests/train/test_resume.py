@@ -131,6 +131,16 @@ def test_auto_starts_fresh_then_says_that_it_is_finished(folder: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
 
 
+def test_killed_before_the_first_checkpoint_starts_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = helpers.make_config(folder, max_steps=3, resume_from_checkpoint="auto")
+    at_step(monkeypatch, 2, crash)
+    with pytest.raises(Crash):
+        helpers.run(config)
+    assert [row["step"] for row in helpers.rows(config)] == [1, 2]
+    helpers.run(config)
+    assert [row["step"] for row in helpers.rows(config)] == [1, 2, 3]
+
+
 def test_killed_while_writing_the_final_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = helpers.make_config(folder, max_steps=3, resume_from_checkpoint="auto")
     monkeypatch.setattr(Training, "finish", lambda self: crash())
