@@ -20,9 +20,11 @@ class Display:
         self.console, self.total_steps = console, total_steps
         columns = [TextColumn(f"{{task.fields[{field}]}}") for field in _FIELDS]
         self._bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+            *(TextColumn("step"), MofNCompleteColumn(), BarColumn(), *columns),
+            *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left")),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._task = self._bar.add_task("train", total=total_steps, loss="", speed="", memory="")
 
     def __enter__(self) -> Display:

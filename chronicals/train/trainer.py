@@ -75,7 +75,7 @@ class Trainer:
         config = self.config
         start = setup.check_start(config)
         loggers.wanted(config)  # a library that is missing is told now
-        with reproducible(config.seed, start.device, deterministic=config.deterministic):
+        with reproducible(config.seed, start.device, deterministic=config.deterministic), out_of_memory_explained():
             data = setup.load_data(config, progress=self.console.is_terminal)
             display = Display(self.console, data.plan.total_steps)
             finished = setup.is_finished(config, start, data.plan)
@@ -85,10 +85,10 @@ class Trainer:
             run = setup.build(config, start, data)
             display.header(setup.header(run), config.chosen, [*config.notes, *data.prepared.report.lines(), *run.notes])
             setup.check_disk(run)
-            try_save(start.output_dir, run.parts())
-            if dry_run:
-                return _result("dry run", run.state, start.output_dir)
-            with StopSignals() as signals, out_of_memory_explained():
+            with StopSignals() as signals:
+                try_save(start.output_dir, run.parts())
+                if dry_run:
+                    return _result("dry run", run.state, start.output_dir)
                 return Training(run, display, signals).run_to_the_end()
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from chronicals.config import TrainConfig
 from chronicals.errors import UserError
+from chronicals.train import trainer
 from chronicals.train.trainer import Training
 from tests.train import helpers
 
@@ -108,17 +109,19 @@ def test_a_signal_during_the_last_evaluation_leaves_it_for_the_resumed_run(
     assert [row["step"] for row in helpers.rows(config) if "eval_loss" in row] == [0, 3]
 
 
-def test_a_signal_before_the_first_step_saves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate = Training.evaluate
-
-    def signalled(self: Training) -> None:
+@pytest.mark.parametrize("val_set_size", [0, 10])
+def test_a_signal_before_the_first_step_saves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, val_set_size: int
+) -> None:
+    def signalled(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        evaluate(self)
 
-    monkeypatch.setattr(Training, "evaluate", signalled)
-    result, _ = helpers.run(helpers.make_config(folder, max_steps=3, val_set_size=10))
-    assert (result.status, result.steps) == ("SIGTERM", 0)
+    monkeypatch.setattr(trainer, "try_save", signalled)
+    config = helpers.make_config(folder, max_steps=3, val_set_size=val_set_size)
+    result, _ = helpers.run(config)
+    assert (result.status, result.steps, result.eval_loss) == ("SIGTERM", 0, None)
     assert not list((folder / "out").glob("checkpoint-*"))
+    assert helpers.rows(config) == []
 
 
 def test_auto_starts_fresh_then_says_that_it_is_finished(folder: Path) -> None:
