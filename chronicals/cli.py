@@ -8,6 +8,7 @@ Left out: shell completion and colours in errors. An error is one plain line, fo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -26,6 +27,15 @@ DONE, PAST_TOLERANCE, USER_ERROR, GUARD_STOPPED, BUG = 0, 1, 2, 3, 70
 
 # New versions of typer carry their own click, old ones import it: the class is reached through a public descendant.
 ClickException: Any = typer.BadParameter.__mro__[2]
+
+# What the system refuses and the user can mend; any other OSError is a bug of ours.
+MENDS = {
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EPERM: "change its permissions, or choose another path",
+    errno.EROFS: "choose a path that can be written",
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "free some space, or choose another disk",
+}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -169,11 +179,17 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exc()
         sys.stderr.write(f"error: {one_line(error)}\n")
         return GUARD_STOPPED if isinstance(error, GuardError) else USER_ERROR
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except BrokenPipeError:  # `chronicals ... | head`: nobody reads on, which is no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in MENDS:
+            traceback.print_exc()
+            return BUG
+        sys.stderr.write(f"error: {error.filename or 'writing'}: {error.strerror}; {MENDS[error.errno]}\n")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Exception:  # noqa: BLE001  a bug: its traceback is the report
         traceback.print_exc()
         return BUG

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -161,16 +162,6 @@ def test_the_guard_exits_3(chronicals_: Cli, job: Path, monkeypatch: pytest.Monk
     assert ran.error == "error: step 3: no gradient in model.norm"
 
 
-def test_a_bug_keeps_its_traceback_and_is_no_comparison(
-    chronicals_: Cli, job: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("chronicals.train.trainer.Trainer", raising(RuntimeError("a bug")))
-    ran = chronicals_("train", job)
-    assert ran.code == 70
-    assert ran.err.startswith("Traceback")
-    assert ran.err.endswith("RuntimeError: a bug\n")
-
-
 @pytest.mark.parametrize("way", ["option", "variable"])
 def test_debug_shows_the_traceback_before_the_line(
     chronicals_: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
@@ -186,6 +177,39 @@ def test_debug_shows_the_traceback_before_the_line(
 def test_interrupted_anywhere_is_130(chronicals_: Cli, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chronicals.train.trainer.Trainer", raising(KeyboardInterrupt()))
     assert chronicals_("train", job) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/out/x"),
+            "/out/x: Permission denied; change its permissions, or choose another path",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "writing: No space left on device; free some space, or choose another disk",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_too(
+    chronicals_: Cli, job: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, line: str
+) -> None:
+    monkeypatch.setattr("chronicals.train.trainer.Trainer", raising(error))
+    ran = chronicals_("train", job)
+    assert ran.code == 2
+    assert ran.error == f"error: {line}"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "a bug", "x")])
+def test_a_bug_keeps_its_traceback_and_is_no_comparison(
+    chronicals_: Cli, job: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("chronicals.train.trainer.Trainer", raising(error))
+    ran = chronicals_("train", job)
+    assert ran.code == 70
+    assert ran.err.startswith("Traceback")
+    assert "a bug" in ran.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("status", "code"), [("finished", 0), ("dry run", 0), ("SIGINT", 130), ("SIGTERM", 143)])

@@ -68,15 +68,20 @@ class Partner:
 
     def __init__(self, path: Path, system: str | None, max_new_tokens: int, temperature: float | None) -> None:
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        except (OSError, ValueError, SafetensorError) as error:
+            mend = "if a run was saving to it, take its last checkpoint; else get the files again"
+            raise UserError(f"transformers cannot load it ({error})", mend, file=path) from error
         if system is not None and self.tokenizer.chat_template is None:
             raise UserError("this model has no chat template, so no system message", "leave --system out", file=path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         self.model = model.to(device).eval()
         self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         if temperature is not None:

@@ -68,13 +68,13 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     steps = [row for row in rows if "loss" in row]
     evals = [row for row in rows if "eval_loss" in row]
     config_file = run / "config.yaml"
-    config = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
+    config = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else ""
     finished = (run / "config.json").is_file() or (run / "adapter_config.json").is_file()
     last = max(row["step"] for row in rows)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(PAGE).render(
         title=str(run) if run.name else run.resolve().name,
-        subtitle=subtitle(yaml.safe_load(config) or {}, run),
+        subtitle=subtitle(as_mapping(config, config_file), run),
         finished=finished,
         status=f"Finished after {last:,} steps"
         if finished
@@ -88,6 +88,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         config=config or "config.yaml is missing",
     )
     out = out or run / "report.html"
+    if out.is_dir():
+        raise UserError("it is a folder", "name a file in it", file=out)
     if not out.absolute().parent.is_dir():
         raise UserError(f"the folder {out.parent} does not exist", f"create it: mkdir -p {out.parent}", file=out)
     out.write_text(page, encoding="utf-8")
@@ -98,21 +100,29 @@ def read_metrics(file: Path) -> Rows:
     """The rows of `metrics.jsonl`. A last line without its end (the run was killed while writing) is left out."""
     if not file.is_file():
         raise UserError("the run has no metrics", "give the output_dir of a run that has begun", file=file)
-    text = file.read_text(encoding="utf-8")
     rows = []
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if not line.endswith("\n") or not line.strip():
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n") or not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"not JSON: {error.msg}", "remove the line", file=file, line=number) from error
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise UserError(f"not JSON: {error}", "remove the line", file=file, line=number) from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError("not a row of metrics: it has no step", "remove the line", file=file, line=number)
         rows.append(row)
     if not rows:
         raise UserError("nothing was logged yet", "wait for the run's first logged step", file=file)
     return rows
+
+
+def as_mapping(config: str, file: Path) -> dict[str, Any]:
+    """`config.yaml` as a mapping; empty where there is none."""
+    try:
+        values = yaml.safe_load(config) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"not YAML: {error}", "repair it or remove it", file=file) from error
+    return values if isinstance(values, dict) else {}
 
 
 def curve(rows: Rows, key: str) -> tuple[list[int], list[float]]:

@@ -88,6 +88,14 @@ def test_an_empty_question(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             ask(folder, prompt)
 
 
+def test_a_damaged_model_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model: transformers cannot load it \(.*\); if a run was saving to it"):
+        ask(tmp_path / "model", "hello")
+
+
 def test_a_folder_without_model_says_what_to_try(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         model_folder(str(tmp_path))

@@ -154,6 +154,12 @@ def test_a_run_without_config(run: Path) -> None:
     assert "config.yaml is missing" in page(run).text
 
 
+def test_a_config_that_is_no_yaml_is_named(run: Path) -> None:
+    (run / "config.yaml").write_text("a: [\n")
+    with pytest.raises(UserError, match=r"config.yaml: not YAML: .*; repair it or remove it"):
+        write_report(run)
+
+
 def test_out_names_the_file(run: Path, tmp_path: Path) -> None:
     assert write_report(run, tmp_path / "a.html") == tmp_path / "a.html"
     assert not (run / "report.html").exists()
@@ -177,7 +183,10 @@ def test_the_smooth_curve_is_a_mean_without_bias() -> None:
     [
         (None, "metrics.jsonl: the run has no metrics; give the output_dir of a run that has begun"),
         ("", "metrics.jsonl: nothing was logged yet; wait for the run's first logged step"),
-        ('{"step": 1, "loss": 1}\nbroken\n', "metrics.jsonl:2: not JSON: Expecting value; remove the line"),
+        (
+            '{"step": 1, "loss": 1}\nbroken\n',
+            "metrics.jsonl:2: not JSON: Expecting value: line 1 column 1 (char 0); remove the line",
+        ),
         ("[1]\n", "metrics.jsonl:1: not a row of metrics: it has no step; remove the line"),
     ],
 )
@@ -193,5 +202,7 @@ def test_damaged_metrics_are_named(run: Path, text: str | None, line: str) -> No
 def test_no_such_run_and_no_such_folder(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none: no such folder; give the output_dir of a run"):
         write_report(tmp_path / "none")
+    with pytest.raises(UserError, match="it is a folder; name a file in it"):
+        write_report(run, tmp_path)
     with pytest.raises(UserError, match=r"the folder .*no does not exist; create it: mkdir -p"):
         write_report(run, tmp_path / "no" / "a.html")
