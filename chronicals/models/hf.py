@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def save_model(
     for entry in folder.iterdir():
         if _OURS.fullmatch(entry.name) and entry.name not in written:
             entry.unlink()
-    _fsync(folder)
+    fsync(folder)
 
 
 def _shards(weights: Mapping[str, Tensor], dtype: torch.dtype, limit: int) -> list[list[str]]:
@@ -186,11 +187,14 @@ def _write_json(file: Path, data: Mapping[str, Any]) -> None:
 def _write_aside(file: Path, write: Any) -> None:
     aside = file.with_name(f".{file.name}.part")
     write(aside)
-    _fsync(aside)
+    fsync(aside)
     os.replace(aside, file)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Forces a file or folder to disk."""
+    if sys.platform == "win32":  # opens no folders, and flushes no file that is open for reading alone
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -15,7 +15,6 @@ with the live ones by digest, and only then does the folder get its name. Left o
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ from chronicals import __version__
 from chronicals.data.tokenizer import ChatTokenizer
 from chronicals.errors import UserError
 from chronicals.models.decoder import Decoder
-from chronicals.models.hf import hf_views, save_model
+from chronicals.models.hf import fsync, hf_views, save_model
 from chronicals.train.digest import digests
 from chronicals.train.state import DAMAGED_MEND, load_state
 
@@ -94,7 +93,7 @@ class Checkpoints:
             if final.exists():  # a run that went back to an older checkpoint comes by again
                 _remove(final)
             folder.rename(final)
-        _sync(self.output_dir)
+        fsync(self.output_dir)
         self._prune(step)
         return final
 
@@ -164,8 +163,8 @@ def write_state(folder: Path, state: dict[str, Any], digests: dict[str, str]) ->
     whole = {"chronicals": __version__, **state, "files": files, "digests": digests}
     (folder / STATE_FILE).write_text(json.dumps(whole, indent=1), encoding="utf-8")
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        fsync(path)
+    fsync(folder)
 
 
 def write_final(output_dir: Path, parts: Parts, state: dict[str, Any]) -> None:
@@ -178,7 +177,7 @@ def write_final(output_dir: Path, parts: Parts, state: dict[str, Any]) -> None:
                 old.unlink()
         for name in sorted(new, key=lambda name: name == STATE_FILE):
             (folder / name).replace(output_dir / name)
-    _sync(output_dir)
+    fsync(output_dir)
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
@@ -271,12 +270,3 @@ def _hex(tensors: Sequence[Tensor]) -> list[str]:
 def _remove(checkpoint: Path) -> None:
     """Take the name away first: whoever comes by meanwhile sees no half of a checkpoint."""
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.old{_ASIDE}")))
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -140,8 +140,8 @@ def test_every_file_is_forced_to_disk_before_the_folder_gets_its_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log: list[str] = []
-    sync, rename = checkpoint._sync, Path.rename
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: (log.append(f"sync {path.name}"), sync(path))[1])
+    sync, rename = checkpoint.fsync, Path.rename
+    monkeypatch.setattr(checkpoint, "fsync", lambda path: (log.append(f"sync {path.name}"), sync(path))[1])
     monkeypatch.setattr(Path, "rename", lambda self, to: (log.append(f"rename {self.name}"), rename(self, to))[1])
     helpers.run(helpers.make_config(folder, max_steps=1))
     named = log.index("rename checkpoint-1.tmp")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,8 +57,12 @@ def test_only_real_tokens_and_training_time_count(monkeypatch: pytest.MonkeyPatc
 
 def test_peak_memory_on_the_cpu_is_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_memory(CPU) > 50 << 20
-    monkeypatch.setattr(metrics.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3000))
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=3000))
     monkeypatch.setattr(metrics.sys, "platform", "linux")
     assert peak_memory(CPU) == 3000 * 1024
     monkeypatch.setattr(metrics.sys, "platform", "darwin")
     assert peak_memory(CPU) == 3000
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=5000))
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
+    monkeypatch.setattr(metrics.sys, "platform", "win32")
+    assert peak_memory(CPU) == 5000
