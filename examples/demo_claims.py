@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ def unigram_entropy(documents: Documents) -> float:
     tokens in less (Gibbs' inequality): whoever is below it on held-out documents has learnt from context.
     """
     _, counts = np.unique(documents.tokens[documents.loss_mask], return_counts=True)
-    shares = counts / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    return float(-(counts / counts.sum() * np.log(counts / counts.sum())).sum())
 
 
 def load(folder: Path) -> Any:
@@ -38,8 +37,7 @@ def transformers_loss(folder: Path, documents: Documents) -> float:
     model, total, count = load(folder), 0.0, 0
     for tokens, mask in documents:
         ids = torch.tensor(tokens, dtype=torch.int64)
-        log_probabilities = model(ids[None]).logits[0, :-1].log_softmax(-1)
-        losses = -log_probabilities.gather(1, ids[1:, None])[:, 0]
+        losses = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
         trained = torch.tensor(mask)[1:]
         total, count = total + losses[trained].sum().item(), count + int(trained.sum())
     return total / count
@@ -47,17 +45,16 @@ def transformers_loss(folder: Path, documents: Documents) -> float:
 
 def questions(chats: Path, number: int = 4) -> list[tuple[str, str]]:
     """A few (question, true answer) pairs, spread evenly over `chats`."""
-    rows = chats.read_text(encoding="utf-8").splitlines()
-    turns = [json.loads(row)["messages"] for row in rows[:: len(rows) // number]][:number]
-    return [(user["content"], assistant["content"]) for user, assistant in turns]
+    rows = [json.loads(line)["messages"] for line in chats.read_text(encoding="utf-8").splitlines()]
+    return [(user["content"], assistant["content"]) for user, assistant in rows[:: len(rows) // number][:number]]
 
 
-def completions(folder: Path, tokenizer_folder: Path, prompts: Sequence[str]) -> list[str]:
+def completions(folder: Path, tokenizer_folder: Path, prompts: Iterable[str]) -> list[str]:
     """The checkpoint's greedy answers, by transformers' `generate`."""
     model, tokenizer, answers = load(folder), AutoTokenizer.from_pretrained(tokenizer_folder), []
+    how = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     for prompt in prompts:
-        chat = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **how)
         output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
         answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return answers
