@@ -117,7 +117,8 @@ class _Turns:
             raise UserError(
                 "the chat template has no place for tools", "use one that does, or remove them from the row"
             )
-        self.messages = [_for_template(i, message, self.template) for i, message in enumerate(row.messages)]
+        self.row = row
+        self.messages = [_for_template(m, self.template, _name(row, i)) for i, m in enumerate(row.messages)]
         self.whole = self._render(self.messages)
         self._check_nothing_dropped()
 
@@ -165,12 +166,9 @@ class _Turns:
 
     def _no_start(self, i: int) -> UserError:
         if i == 0:
-            return _at(
-                i, self.messages, "nothing comes before this turn that could prompt it", "set its `train: false`"
-            )
-        return _at(
+            return self._at(i, "nothing comes before this turn that could prompt it", "set its `train: false`")
+        return self._at(
             i,
-            self.messages,
             "the chat template writes the messages before this turn differently once later ones follow, so that "
             "the model would be trained on a context it never sees",
             "set this turn's `train: false`, end the row with it, or use another chat_template",
@@ -201,9 +199,8 @@ class _Turns:
         found = {match.group(): match.start() - n for n, match in enumerate(every.finditer(text))}
         for i, mark in (*before.items(), *after.items()):
             if text.count(mark) != 1:
-                raise _at(
+                raise self._at(
                     i,
-                    self.messages,
                     f"the chat template writes this message {text.count(mark)} times",
                     "use another chat_template",
                 )
@@ -222,13 +219,15 @@ class _Turns:
             at, after = min(found, key=lambda span: (span[0], -span[1]))
             return _Turn(start, at, after)
         if self.messages[i]["role"] == "assistant":
-            raise _at(
+            raise self._at(
                 i,
-                self.messages,
                 f"no end token ({', '.join(self.chat.eot_tokens)}) follows it: the model would not learn to stop",
                 "name the token in eot_tokens",
             )
         return _Turn(start, end, end)
+
+    def _at(self, i: int, reason: str, mend: str) -> UserError:
+        return UserError(f"{_name(self.row, i)}: {reason}", mend)
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         return templates.apply(
@@ -243,11 +242,11 @@ class _Turns:
                 continue
             text = content.strip()
             if text not in self.whole and json.dumps(text, ensure_ascii=False)[1:-1] not in self.whole:
-                raise _at(i, self.messages, "the chat template drops it", "use another chat_template, or remove it")
+                raise self._at(i, "the chat template drops it", "use another chat_template, or remove it")
         last = len(self.messages) - 1
         # Many drop the reasoning of earlier turns, and the model sees them so; the last turn is what it has to write.
         if self.messages[last]["role"] == "assistant" and _reasoning(self.messages[last]) not in self.whole:
-            raise _at(last, self.messages, "the chat template drops its reasoning", "use another chat_template")
+            raise self._at(last, "the chat template drops its reasoning", "use another chat_template")
 
 
 def _reasoning(message: Message) -> str:
@@ -257,11 +256,13 @@ def _reasoning(message: Message) -> str:
     return thought.rpartition("<think>")[2].strip() if closed else ""
 
 
-def _at(i: int, messages: list[Message], reason: str, mend: str = "") -> UserError:
-    return UserError(f"message {i + 1} ({messages[i]['role']}): {reason}", mend)
+def _name(row: Conversation, i: int) -> str:
+    """What errors call message `i`: the row's own turns are counted from 1, as whoever opens the file counts them."""
+    number = i + 1 - row.system_added
+    return f"turn {number} ({row.messages[i]['role']})" if number else "the system text"
 
 
-def _for_template(i: int, message: Message, template: str) -> Message:
+def _for_template(message: Message, template: str, name: str) -> Message:
     """The message as templates expect it: arguments of tool calls parsed, `developer` as `system` where unknown.
 
     Raises:
@@ -270,18 +271,18 @@ def _for_template(i: int, message: Message, template: str) -> Message:
     for key in ("tool_calls", "reasoning_content"):
         if message.get(key) and key not in template:
             raise UserError(
-                f"message {i + 1} ({message['role']}): the chat template has no place for {key}",
+                f"{name}: the chat template has no place for {key}",
                 "use one that does, or remove them from the row",
             )
     role = "system" if message["role"] == "developer" and "developer" not in template else message["role"]
     changed = {**message, "role": role}
     changed.pop("train", None)
     if message.get("tool_calls"):
-        changed["tool_calls"] = [_parsed(i, call) for call in message["tool_calls"]]
+        changed["tool_calls"] = [_parsed(call, name) for call in message["tool_calls"]]
     return changed
 
 
-def _parsed(i: int, call: dict[str, Any]) -> dict[str, Any]:
+def _parsed(call: dict[str, Any], name: str) -> dict[str, Any]:
     function = call["function"]
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
@@ -290,7 +291,7 @@ def _parsed(i: int, call: dict[str, Any]) -> dict[str, Any]:
         parsed = json.loads(arguments) if arguments.strip() else {}
     except json.JSONDecodeError as error:
         raise UserError(
-            f"message {i + 1}: the arguments of the tool call {function.get('name')!r} are not JSON: {error}"
+            f"{name}: the arguments of the tool call {function.get('name')!r} are not JSON: {error}"
         ) from error
     return {**call, "function": {**function, "arguments": parsed}}
 

@@ -24,6 +24,7 @@ class Conversation:
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None  # JSON schemas, as OpenAI writes them
+    system_added: bool = False  # the first message stood outside the row's turns, which errors count from 1
 
 
 @dataclass(frozen=True)

@@ -210,13 +210,20 @@ def _conversation(messages: list[Message], data: dict[str, Any], form: RowFormat
     for i, message in trained:
         if not message["content"].strip() and "tool_calls" not in message:
             raise BadRow(f"turn {i} ({message['role']}): the answer is empty")
+    row = Conversation(messages, _tools(data.get(form.columns["tools"]), _name("tools", form)))
     system = data.get(form.columns["system"])
-    if system is not None and _text(system, _name("system", form)).strip():
-        if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-        elif messages[0]["content"] != system:
-            raise BadRow(f"two system texts: the first turn and {_name('system', form)}")
-    return Conversation(messages, _tools(data.get(form.columns["tools"]), _name("tools", form)))
+    if system is None or not _text(system, _name("system", form)).strip():
+        return row
+    if messages[0]["role"] != "system":
+        return with_system(row, system)
+    if messages[0]["content"] != system:
+        raise BadRow(f"two system texts: the first turn and {_name('system', form)}")
+    return row
+
+
+def with_system(row: Conversation, text: str) -> Conversation:
+    """The row with a system text before its turns."""
+    return Conversation([{"role": "system", "content": text}, *row.messages], row.tools, system_added=True)
 
 
 def _turn(turn: Any, number: int, form: RowFormat) -> Message:

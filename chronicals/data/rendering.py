@@ -25,7 +25,7 @@ import numpy as np
 from chronicals.data import templates
 from chronicals.data.chat import render
 from chronicals.data.conversation import Conversation, Document
-from chronicals.data.formats import RowFormat, parse_row
+from chronicals.data.formats import RowFormat, parse_row, with_system
 from chronicals.data.readers import BROKEN_ROW_MEND, Row
 from chronicals.data.sources import Source
 from chronicals.data.tokenizer import ChatTokenizer
@@ -85,8 +85,7 @@ def render_row(row: Row, recipe: Recipe) -> Document:
         if recipe.chat.chat_template is None:
             raise templates.no_template(recipe.chat.tokenizer)
         if recipe.default_system_message is not None and parsed.messages[0]["role"] not in ("system", "developer"):
-            system = {"role": "system", "content": recipe.default_system_message}
-            parsed = Conversation([system, *parsed.messages], parsed.tools)
+            parsed = with_system(parsed, recipe.default_system_message)
     try:
         return render(
             recipe.chat,

@@ -135,9 +135,7 @@ def test_reasoning_between_tool_calls(tmp_path: Path) -> None:
     # once another question follows, the first call's reasoning is gone: the answer after it would see another context
     later = [*messages, {"role": "user", "content": "More"}, {"role": "assistant", "content": "Sure"}]
     message = refusal(chat, Conversation(later))
-    assert message.startswith(
-        "message 4 (assistant): the chat template writes the messages before this turn differently"
-    )
+    assert message.startswith("turn 4 (assistant): the chat template writes the messages before this turn differently")
     assert "set this turn's `train: false`" in message
     later[3] = {**later[3], "train": False}
     runs = [made, "<think>\n\n</think>\n\nSure<|im_end|>"]
@@ -154,7 +152,7 @@ def test_dropped_reasoning_of_the_last_turn_is_refused(tmp_path: Path) -> None:
     template = THINK_PROMPT.replace("loop.index0 > ns.last_user and", "false and")
     chat = with_template(tmp_path, template)
     assert refusal(chat, Conversation(THOUGHTS)) == (
-        "message 4 (assistant): the chat template drops its reasoning; use another chat_template"
+        "turn 4 (assistant): the chat template drops its reasoning; use another chat_template"
     )
 
 
@@ -187,7 +185,7 @@ def test_end_token_that_only_the_config_knows(tmp_path: Path) -> None:
     chat = with_template(tmp_path, TWO_ENDS)
     row = Conversation([{"role": "user", "content": "Hi"}, call({}), {"role": "tool", "content": "sunny"}])
     assert refusal(chat, row) == (
-        "message 2 (assistant): no end token (<|return|>, <|end|>) follows it: the model would not learn to stop; "
+        "turn 2 (assistant): no end token (<|return|>, <|end|>) follows it: the model would not learn to stop; "
         "name the token in eot_tokens"
     )
     chat = load(tmp_path, eot_tokens=["<|call|>"])
@@ -269,9 +267,7 @@ def test_earlier_turns_without_an_end_token(tmp_path: Path) -> None:
     chat = load(byte_level(tmp_path, special=("[INST]", "[/INST]"), eos="</s>", chat_template=template))
     assert chat.eot_tokens == ("</s>",)
     assert trained(chat, render(chat, Conversation(CHAT.messages[1:3]))) == ["Hello</s>"]
-    assert refusal(chat, Conversation(CHAT.messages[1:])).startswith(
-        "message 2 (assistant): no end token (</s>) follows"
-    )
+    assert refusal(chat, Conversation(CHAT.messages[1:])).startswith("turn 2 (assistant): no end token (</s>) follows")
 
 
 def test_developer_is_system(tmp_path: Path) -> None:
@@ -288,15 +284,15 @@ def test_developer_is_system(tmp_path: Path) -> None:
         (Conversation(CHAT.messages, TOOLS), "the chat template has no place for tools"),
         (
             Conversation([CHAT.messages[1], call({})]),
-            "message 2 (assistant): the chat template has no place for tool_calls",
+            "turn 2 (assistant): the chat template has no place for tool_calls",
         ),
         (
             Conversation([CHAT.messages[1], {"role": "assistant", "content": "Hi", "reasoning_content": "one"}]),
-            "message 2 (assistant): the chat template has no place for reasoning_content",
+            "turn 2 (assistant): the chat template has no place for reasoning_content",
         ),
         (
             Conversation(CHAT.messages[2:]),
-            "message 1 (assistant): nothing comes before this turn that could prompt it; set its `train: false`",
+            "turn 1 (assistant): nothing comes before this turn that could prompt it; set its `train: false`",
         ),
     ],
 )
@@ -321,7 +317,7 @@ def test_refused(row: Conversation, message: str, tmp_path: Path) -> None:
         (
             "chatml",
             Conversation([CHAT.messages[1], call("{city")]),
-            "message 2: the arguments of the tool call 'weather' are not JSON",
+            "turn 2 (assistant): the arguments of the tool call 'weather' are not JSON",
         ),
     ],
 )
@@ -333,7 +329,7 @@ def test_refused_by_built_in_templates(name: str, row: Conversation, message: st
 def test_dropped_message_is_refused(tmp_path: Path) -> None:
     chat = with_template(tmp_path, DROPS_SYSTEM)
     assert refusal(chat, CHAT) == (
-        "message 1 (system): the chat template drops it; use another chat_template, or remove it"
+        "turn 1 (system): the chat template drops it; use another chat_template, or remove it"
     )
     assert trained(chat, render(chat, Conversation(CHAT.messages[1:]))) == ["Hello<|im_end|>", "Sure one<|im_end|>"]
 
@@ -341,7 +337,7 @@ def test_dropped_message_is_refused(tmp_path: Path) -> None:
 def test_context_that_changes_is_refused(tmp_path: Path) -> None:
     chat = with_template(tmp_path, LAST_USER)
     assert refusal(chat, CHAT) == (
-        "message 3 (assistant): the chat template writes the messages before this turn differently once later ones "
+        "turn 3 (assistant): the chat template writes the messages before this turn differently once later ones "
         "follow, so that the model would be trained on a context it never sees; set this turn's `train: false`, end "
         "the row with it, or use another chat_template"
     )

@@ -119,6 +119,19 @@ def test_the_default_system_message(model: str, chat: ChatTokenizer) -> None:
     assert [document[3] for document in words(made.train, chat)] == ["Be", "tool"]
 
 
+@pytest.mark.parametrize(("column", "keys"), [({}, {"default_system_message": "Be"}), ({"system": "Be"}, {})])
+def test_turns_are_counted_as_they_stand_in_the_file(
+    column: dict[str, str], keys: dict[str, str], model: str, chat: ChatTokenizer
+) -> None:
+    row = talk("Hi", "Hello") | column
+    row["messages"][1]["reasoning_content"] = "why"
+    message = "x.jsonl:1: turn 2 (assistant): the chat template has no place for reasoning_content"
+    assert complaint(config(model, row, **keys), chat).startswith(message)
+    drops = "{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}{% endfor %}"
+    asked = config(model, talk("Hi", "Hello") | column, **keys, chat_template=drops)
+    assert complaint(asked, load_tokenizer(asked)).startswith("x.jsonl:1: the system text: the chat template drops it")
+
+
 LONG = text("one", " two", " three", " search", " arguments", " end", " city")  # 7 tokens and the end of sequence
 
 
