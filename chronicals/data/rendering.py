@@ -24,7 +24,7 @@ import numpy as np
 
 from chronicals.data import templates
 from chronicals.data.chat import render
-from chronicals.data.conversation import Conversation, Document
+from chronicals.data.conversation import Conversation, Document, RawText
 from chronicals.data.formats import RowFormat, parse_row, with_system
 from chronicals.data.readers import BROKEN_ROW_MEND, Row
 from chronicals.data.sources import Source
@@ -78,7 +78,8 @@ def render_row(row: Row, recipe: Recipe) -> Document:
     """The row's whole document, however long.
 
     Raises:
-        UserError: the row cannot be used, with its file and line; or no row could be, for want of a chat template.
+        UserError: the row cannot be used, with its file and line; or, without these, no row could be, as the tokenizer
+            lacks a chat template or an eos_token.
     """
     parsed = parse_row(row, recipe.form)
     if isinstance(parsed, Conversation):
@@ -95,6 +96,8 @@ def render_row(row: Row, recipe: Recipe) -> Document:
             train_on_inputs=recipe.train_on_inputs,
         )
     except UserError as error:
+        if isinstance(parsed, RawText):  # the tokenizer cannot end a text: no row's fault
+            raise
         raise row.error(error.reason, error.mend or BROKEN_ROW_MEND) from error
 
 

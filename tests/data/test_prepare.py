@@ -132,6 +132,14 @@ def test_turns_are_counted_as_they_stand_in_the_file(
     assert complaint(asked, load_tokenizer(asked)).startswith("x.jsonl:1: the system text: the chat template drops it")
 
 
+def test_a_tokenizer_that_cannot_end_a_text_is_no_fault_of_a_row(tmp_path: Path) -> None:
+    asked = config(str(byte_level(tmp_path / "toy", special=IM, eos=None)), text("Hi", "Hello"), on_bad_row="skip")
+    message = "the tokenizer has no eos_token to end a text with; set special_tokens.eos_token"
+    assert complaint(asked, load_tokenizer(asked)) == message
+    with pytest.raises(UserError, match=f"^{message}$"):
+        sample(asked, load_tokenizer(asked), 1)
+
+
 LONG = text("one", " two", " three", " search", " arguments", " end", " city")  # 7 tokens and the end of sequence
 
 
