@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+BLOCK = 256  # documents summed at once: running sums over a whole data set would take eight times its loss mask
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
@@ -48,8 +50,12 @@ class Documents:
     @property
     def supervised(self) -> np.ndarray:
         """(n,) int64: supervised tokens of each document."""
-        running = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.loss_mask, dtype=np.int64)])
-        return np.diff(running[self.offsets])
+        counts = np.empty(len(self), dtype=np.int64)
+        for start in range(0, len(self), BLOCK):
+            ends = self.offsets[start : start + BLOCK + 1]
+            running = np.cumsum(self.loss_mask[ends[0] : ends[-1]], dtype=np.int64)
+            counts[start : start + BLOCK] = np.diff(np.concatenate([[0], running])[ends - ends[0]])
+        return counts
 
     @property
     def num_tokens(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -23,6 +26,19 @@ def test_documents_from_lists() -> None:
     assert documents[-1][0].tolist() == [8]
     with pytest.raises(IndexError, match="document 3 of 3"):
         documents[3]
+
+
+def test_supervised_tokens_are_counted_in_little_memory() -> None:
+    rng = np.random.default_rng(0)
+    mask = rng.random(2_000_000) < 0.3
+    offsets = np.array([0, *np.sort(rng.choice(len(mask), 2000)), len(mask)])
+    documents = Documents(np.zeros(len(mask), np.int32), mask, offsets)
+    tracemalloc.start()
+    counted = documents.supervised
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert counted.tolist() == [np.count_nonzero(mask[a:b]) for a, b in pairwise(offsets)]
+    assert peak < 4 * len(mask)  # bytes; a running sum over all tokens has 8 a token
 
 
 def test_no_documents() -> None:
