@@ -292,20 +292,20 @@ def _check_any(rows: _Rows, config: TrainConfig, purpose: str) -> None:
 def _held_out(rows: _Rows, config: TrainConfig) -> np.ndarray:
     """(n,) bool: the rows that `val_set_size` takes for evaluation.
 
-    Rows are ordered by a hash of the seed and of what they hold, and the first are taken. So the choice depends neither
-    on the order of the rows nor, but for its edge, on what else is there; and equal rows stay on one side.
+    Those with the smallest hashes of the seed and of what they hold. So the choice depends neither on the order of the
+    rows nor, but for its edge, on what else is there; and equal rows stay on one side, even if that takes a few more.
     """
     able = np.flatnonzero(rows.documents)
     size = config.val_set_size
     wanted = size if isinstance(size, int) else max(1, round(size * len(able)))
-    if wanted >= len(able):
+    hashes = _mixed(rows.digests[able], config.seed)
+    held_out = np.zeros(len(rows.documents), dtype=np.bool_)
+    held_out[able] = hashes <= np.sort(hashes)[min(wanted, len(able)) - 1]
+    if held_out[able].all():
         raise UserError(
-            f"val_set_size {size} takes {wanted} of {len(able)} usable rows and leaves none to train on",
+            f"val_set_size {size} takes all {len(able)} usable rows, equal ones together, and leaves none to train on",
             "lower `val_set_size:`, or name `test_datasets:` instead",
         )
-    order = np.argsort(_mixed(rows.digests[able], config.seed), kind="stable")
-    held_out = np.zeros(len(rows.documents), dtype=np.bool_)
-    held_out[able[order[:wanted]]] = True
     return held_out
 
 

@@ -287,9 +287,18 @@ def test_pieces_of_a_document_stay_on_one_side(model: str, chat: ChatTokenizer) 
     assert made.report.eval.split == 5
 
 
-def test_val_set_size_must_leave_something(model: str, chat: ChatTokenizer) -> None:
-    assert complaint(config(model, *MANY[:2], val_set_size=2), chat) == (
-        "val_set_size 2 takes 2 of 2 usable rows and leaves none to train on; "
+def test_equal_rows_stay_on_one_side(model: str, chat: ChatTokenizer) -> None:
+    for size in range(1, 8):
+        made = prepare(config(model, *MANY[:4] * 3, val_set_size=size), chat)
+        train, held_out = texts(made.train, chat), texts(made.eval, chat)
+        assert not set(train) & set(held_out)
+        assert len(held_out) == -(-size // 3) * 3
+
+
+@pytest.mark.parametrize(("rows", "size"), [(MANY[:2], 2), (MANY[:2], 5), (MANY[:1] * 2, 1)])
+def test_val_set_size_must_leave_something(rows: list[Any], size: int, model: str, chat: ChatTokenizer) -> None:
+    assert complaint(config(model, *rows, val_set_size=size), chat) == (
+        f"val_set_size {size} takes all 2 usable rows, equal ones together, and leaves none to train on; "
         "lower `val_set_size:`, or name `test_datasets:` instead"
     )
 
