@@ -34,6 +34,15 @@ MARKERS: Mapping[str, tuple[str, ...]] = {
 OWN = "tokenizer_default"
 _FALLBACK = "tokenizer_default_fallback_"
 
+# Templates that write today's date are given this one, the day that Llama's fall back to: what is trained depends on
+# nothing but the user's files, and preparing over midnight changes no context.
+_DAY = "%d=26 %-d=26 %e=26 %m=07 %-m=7 %b=Jul %B=July %y=24 %Y=2024 %a=Fri %A=Friday %F=2024-07-26 %H=12 %M=00 %S=00"
+_STRFTIME_NOW = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(" | replace('{}', '{}')".format(*code.split("=")) for code in _DAY.split())
+    + " }}{%- endmacro -%}"
+)
+
 
 def built_in(name: str) -> str:
     """The source of a built-in template."""
@@ -100,7 +109,7 @@ def apply(
     tools: Sequence[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The chat as text.
+    """The chat as text; today is 26 July 2024.
 
     Raises:
         UserError: the template refuses it (`raise_exception`) or fails on it.
@@ -109,13 +118,13 @@ def apply(
         rendered = tokenizer.apply_chat_template(
             messages,
             tools=None if tools is None else list(tools),
-            chat_template=template,
+            chat_template=_STRFTIME_NOW + template if "strftime_now" in template else template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is not valid Jinja: {error.message} (its line {error.lineno})") from error
-    except (jinja2.TemplateError, TypeError) as error:  # TypeError: "text" + a value that is no string
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:  # its own, and of what it calls
         raise UserError(f"the chat template refuses this chat: {error}") from error
     assert isinstance(rendered, str)
     return rendered
