@@ -98,7 +98,10 @@ def _source(text_or_path: str) -> str:
     path = Path(text_or_path).expanduser()
     if not path.is_file():
         raise UserError(f"chat template {text_or_path} does not exist", "give a Jinja template or the path of one")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("the chat template is not UTF-8", "save the file as UTF-8", file=path) from error
 
 
 def apply(

@@ -161,6 +161,9 @@ def test_wrong_template_names(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"chat template none\.jinja does not exist; give a Jinja template or the path"):
         templates.choose(tokenizer, "jinja", "none.jinja")
+    (tmp_path / "latin1.jinja").write_bytes(b"{{ '\xe9' }}")
+    with pytest.raises(UserError, match=r"latin1\.jinja: the chat template is not UTF-8; save the file as UTF-8$"):
+        templates.choose(tokenizer, str(tmp_path / "latin1.jinja"), None)
     with pytest.raises(UserError, match="has no chat template; set chat_template to one of chatml, llama3, gemma"):
         templates.choose(tokenizer, "tokenizer_default", None)
 
@@ -171,6 +174,8 @@ def test_wrong_template_names(tmp_path: Path) -> None:
         ("{% for m in messages %}{{ m.content", "the chat template is not valid Jinja"),
         ("{{ raise_exception('no') }}", "the chat template refuses this chat: no"),
         ("{{ messages[0].content + 1 }}", "the chat template refuses this chat: can only concatenate str"),
+        ("{{ messages[0].content.index('z') }}", "the chat template refuses this chat: substring not found"),
+        ("{{ 1 / 0 }}", "the chat template refuses this chat: division by zero"),
         ("{{ messages[-1].content }}", "the chat template does not write every turn exactly once"),
         (
             "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",
