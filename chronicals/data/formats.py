@@ -114,10 +114,11 @@ def find_format(entry: DatasetEntry, columns: Collection[str], trained: Collecti
             file=name,
         )
     roles = {theirs: ours for ours, names in (entry.roles or {}).items() for theirs in names}
-    if unknown := sorted(set(roles.values()) - set(ROLES)):
-        raise UserError(
-            f"`roles:` has the unknown role {_listed(unknown)}", f"the roles are {_listed(ROLES)}", file=name
-        )
+    for key, asked in (("roles", roles.values()), ("roles_to_train", trained)):
+        if unknown := sorted(set(asked) - set(ROLES)):
+            raise UserError(
+                f"`{key}:` has the unknown role {_listed(unknown)}", f"the roles are {_listed(ROLES)}", file=name
+            )
     keys = dict(entry.message_property_mappings or {})
     if entry.message_field_training:
         keys["train"] = entry.message_field_training

@@ -96,6 +96,14 @@ def test_named_columns_keys_and_roles() -> None:
         form(row, field_messages="talk", roles={"robot": ["bot"]})
 
 
+def test_roles_to_train_that_do_not_exist() -> None:
+    row = chat(USER, ANSWER)
+    with pytest.raises(
+        UserError, match=r"x: `roles_to_train:` has the unknown role `gpt`; the roles are `system`, `de"
+    ):
+        find_format(DatasetEntry(path="x"), list(row), ["assistant", "gpt"], "x")
+
+
 def test_alpaca() -> None:
     row = {"instruction": "Add", "input": "1 2", "output": "3", "text": "Below is an instruction ..."}
     assert parse(row) == Conversation([{"role": "user", "content": "Add\n1 2"}, {"role": "assistant", "content": "3"}])
