@@ -333,7 +333,7 @@ def _text(value: Any, what: str, *, parts: bool = False) -> str:
     if not isinstance(value, str):
         raise BadRow(f"{what} is missing" if value is None else f"{what} is {_kind(value)}, not text")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise BadRow(f"{what} holds half of a surrogate pair")
+        raise BadRow(f"{what} is no valid Unicode: half of a surrogate pair, or bytes that are not UTF-8")
     return value
 
 
@@ -348,7 +348,7 @@ def _from_json(text: Any, what: str) -> Any:
         return text
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"{what} is not JSON: {error}") from error
 
 

@@ -18,6 +18,7 @@ import lzma
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,6 +160,8 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
             yield Row(None, str(file), number, f"broken JSON: {error.msg} at column {error.colno}")
         except UnicodeDecodeError as error:
             yield Row(None, str(file), number, f"not UTF-8 at byte {error.start + 1} of the line")
+        except ValueError as error:  # a number of thousands of digits
+            yield Row(None, str(file), number, f"broken JSON: {error}")
         except RecursionError:
             yield Row(None, str(file), number, "JSON nested too deeply")
 
@@ -195,6 +198,8 @@ def _read_json_values(file: Path) -> Iterator[Row]:
             data, at = decode(text, at)
         except json.JSONDecodeError as error:
             raise broken(f"{error.msg} at column {error.colno}", error.pos) from error
+        except ValueError as error:
+            raise broken(str(error), at) from error
         except RecursionError as error:
             raise broken("nested too deeply", at) from error
         yield Row(data, str(file), line)
@@ -215,12 +220,15 @@ def _end(pattern: re.Pattern[str], text: str, start: int) -> int:
 
 
 def _read_csv(file: Path, delimiter: str = ",") -> Iterator[Row]:
-    """Every cell is a string: nothing is guessed from how a value looks."""
+    """Every cell is a string: nothing is guessed from how a value looks. Bytes that are not UTF-8 become surrogates."""
     csv.field_size_limit(sys.maxsize)
     with _reading(file) as stream:
-        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
+            if twice := [name for name, count in Counter(header).items() if count > 1]:
+                raise UserError(f"two columns are called `{twice[0]}`", "rename one", file=file, line=1)
             start = reader.line_num + 1
             for cells in reader:
                 if len(cells) == len(header):
@@ -228,9 +236,8 @@ def _read_csv(file: Path, delimiter: str = ",") -> Iterator[Row]:
                 elif cells:  # not a blank line
                     yield Row(None, str(file), start, f"{len(cells)} cells under a header of {len(header)}")
                 start = reader.line_num + 1
-        except (csv.Error, UnicodeDecodeError) as error:
-            line = reader.line_num + isinstance(error, UnicodeDecodeError)
-            raise UserError(f"broken CSV: {error}", "mend the file", file=file, line=line) from error
+        except csv.Error as error:
+            raise UserError(f"broken CSV: {error}", "mend the file", file=file, line=reader.line_num) from error
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:

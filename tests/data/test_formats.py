@@ -259,7 +259,7 @@ def test_a_system_column() -> None:
         ),
         (
             chat(USER, ANSWER | {"content": "\ud800"}),
-            "turn 2 (assistant): `content` holds half of a surrogate pair",
+            "turn 2 (assistant): `content` is no valid Unicode: half of a surrogate pair, or bytes that are not UTF-8",
         ),
         (chat("Hi", ANSWER), "turn 1 is text, not an object"),
         (
