@@ -114,7 +114,10 @@ def _recipe(config: TrainConfig, chat: ChatTokenizer, source: Source) -> Recipe:
     readable = next((row for row in source if isinstance(row.data, dict)), None)
     if readable is None:
         first = next(iter(source))
-        raise first.error(first.broken or "no row of the data set is an object with named columns", "")
+        if first.broken:
+            raise first.error(first.broken, "mend the file")
+        reason = "no row of the data set is an object with named columns"
+        raise first.error(reason, 'write rows as objects, such as {"text": "..."}')
     if entry.chat_template is not None or entry.chat_template_jinja is not None:
         chat = chat.with_template(entry.chat_template, entry.chat_template_jinja)
     return Recipe(

@@ -222,7 +222,13 @@ def test_only_bad_rows(model: str, chat: ChatTokenizer) -> None:
         "nothing to train on: all 2 rows are bad, the first: x.jsonl:1: turn 2 (assistant): the answer is empty; "
         "mend them"
     )
-    assert complaint(config(model, "{", on_bad_row="skip"), chat).startswith("x.jsonl:1: broken JSON: ")
+    message = complaint(config(model, "{", on_bad_row="skip"), chat)
+    assert message.startswith("x.jsonl:1: broken JSON: ")
+    assert message.endswith("; mend the file")
+    assert complaint(config(model, "[]", "3"), chat) == (
+        "x.jsonl:1: no row of the data set is an object with named columns; "
+        'write rows as objects, such as {"text": "..."}'
+    )
 
 
 def test_a_row_the_template_refuses_is_a_bad_row(model: str, chat: ChatTokenizer) -> None:
