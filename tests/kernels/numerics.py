@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -39,3 +41,17 @@ def assert_matches(
     floor = 0.1 * max(grad.norm().item() for grad in references)
     for i, (grad, expected) in enumerate(zip(grads, references, strict=True)):
         assert relative_error(grad, expected, floor) <= tolerance, f"gradient of input {i}"
+
+
+@contextmanager
+def nan_filled_memory() -> Iterator[None]:
+    """What `torch.empty` and its kin give is NaN (integers: the largest): a row that no kernel writes shows itself."""
+    fill, mode = deterministic.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
+    deterministic.fill_uninitialized_memory = True
+    # torch fills only where deterministic algorithms are asked for; warn: cuBLAS on CUDA wants a variable set for more
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        deterministic.fill_uninitialized_memory = fill
+        torch.set_deterministic_debug_mode(mode)

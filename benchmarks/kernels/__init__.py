@@ -1,0 +1,1 @@
+"""Benchmarks of the fused kernels: one module an op, timed by `harness.py`, run by `run.py`."""
