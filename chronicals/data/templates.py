@@ -40,7 +40,7 @@ _DAY = "%d=26 %-d=26 %e=26 %m=07 %-m=7 %b=Jul %B=July %y=24 %Y=2024 %a=Fri %A=Fr
 _STRFTIME_NOW = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(" | replace('{}', '{}')".format(*code.split("=")) for code in _DAY.split())
-    + " }}{%- endmacro -%}"
+    + " }}{%- endmacro %}\n"  # the newline is the block's: what follows renders as at the start of a file
 )
 
 
@@ -117,16 +117,19 @@ def apply(
     Raises:
         UserError: the template refuses it (`raise_exception`) or fails on it.
     """
+    today = _STRFTIME_NOW if "strftime_now" in template else ""
     try:
         rendered = tokenizer.apply_chat_template(
             messages,
             tools=None if tools is None else list(tools),
-            chat_template=_STRFTIME_NOW + template if "strftime_now" in template else template,
+            chat_template=today + template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template is not valid Jinja: {error.message} (its line {error.lineno})") from error
+        raise UserError(
+            f"the chat template is not valid Jinja: {error.message} (its line {error.lineno - bool(today)})"
+        ) from error
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:  # its own, and of what it calls
         raise UserError(f"the chat template refuses this chat: {error}") from error
     assert isinstance(rendered, str)

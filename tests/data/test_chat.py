@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from chronicals.data import templates
 from chronicals.data.chat import render
 from chronicals.data.conversation import Conversation, RawText
 from chronicals.data.tokenizer import ChatTokenizer
@@ -169,6 +170,15 @@ def test_today_is_always_the_same_day(tmp_path: Path) -> None:
     assert text.startswith("26 Jul 2024, Friday 26 July, 2024-07-26 12:00<|im_start|>")
     assert datetime(2024, 7, 26, 12).strftime("%d %b %Y, %A %-d %B, %F %H:%M") == text.partition("<|im_start|>")[0]
     assert chat.chat_template == dated  # what is saved asks for the date
+
+
+@pytest.mark.parametrize("start", ["", " a", "\n", "\n\n ", "  {% if true %}\n  b\n  {% endif %}\n", "{#- c -#}\n"])
+def test_the_fixed_day_changes_no_other_text(start: str, tmp_path: Path) -> None:
+    tokenizer = load(byte_level(tmp_path, eos="</s>"), chat_template="alpaca").tokenizer
+    plain = templates.apply(tokenizer, start + "{{ 2024 }}", CHAT.messages)
+    assert templates.apply(tokenizer, start + "{{ strftime_now('%Y') }}", CHAT.messages) == plain
+    with pytest.raises(UserError, match=r"not valid Jinja: .* \(its line 2\)"):
+        templates.apply(tokenizer, "{{ strftime_now('%Y') }}\n{% for }}", CHAT.messages)
 
 
 def test_default_system_message(tmp_path: Path) -> None:
