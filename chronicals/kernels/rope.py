@@ -1,13 +1,14 @@
 """Rotary position embedding in the half-rotated (Hugging Face) layout.
 
-A head of width D is D/2 planes; plane j holds the elements j and j + D/2 and turns by `position * inv_freq[j]`:
+The first R elements of a head of width D turn (R = D unless rotation is partial), the others pass. They are R/2
+planes; plane j holds the elements j and j + R/2 and turns by `position * inv_freq[j]`:
 
-    out[j]       = x[j] cos - x[j + D/2] sin
-    out[j + D/2] = x[j + D/2] cos + x[j] sin
+    out[j]       = x[j] cos - x[j + R/2] sin
+    out[j + R/2] = x[j + R/2] cos + x[j] sin
 
-Angles and the rotation are float32 (float64 for float64 inputs); the result is cast once. Su et al., "RoFormer",
-2021, equation 34; the layout is GPT-NeoX's. Left out: the interleaved layout (no Hugging Face checkpoint of our
-families stores it).
+Angles and the rotation are float32 (float64 for float64 inputs); the result is cast once. Gradients and bytes:
+docs/math/rope.md. Su et al., "RoFormer", 2021, equation 34; the layout is GPT-NeoX's. Left out: the interleaved layout
+(no Hugging Face checkpoint of our families stores it).
 """
 
 from __future__ import annotations
@@ -20,30 +21,26 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
     """`rope` as a complex product, in the inputs' own dtype: meant for float64."""
 
     def turn(x: Tensor) -> Tensor:
-        real, imaginary = x.chunk(2, dim=-1)
+        real, imaginary, passed = _parts(x, cos)
         turned = torch.complex(real, imaginary) * torch.complex(cos, sin).unsqueeze(1)
-        return torch.cat((turned.real, turned.imag), dim=-1)
+        return torch.cat((turned.real, turned.imag, passed), dim=-1)
 
     return turn(q), turn(k)
 
 
-def rope_tables(positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+def rope_tables(positions: Tensor, inv_freq: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of each token's angles.
 
     Args:
         positions: (T,) integers, 0 at each document's first token.
-        inv_freq: (D/2,) float32, radians per position.
+        inv_freq: (R/2,) float32, radians per position; or (T, R/2), a token's own.
+        scaling: multiplies both (yarn's and longrope's attention factor).
 
     Returns:
-        cos, sin: (T, D/2) float32 each.
+        cos, sin: (T, R/2) float32 each.
     """
     angles = positions.to(inv_freq.dtype).unsqueeze(-1) * inv_freq
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return angles.cos() * scaling, angles.sin() * scaling
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,10 +49,22 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     Args:
         q: (T, Nq, D).
         k: (T, Nk, D).
-        cos, sin: (T, D/2) float32, from `rope_tables`.
+        cos, sin: (T, R/2) float32, from `rope_tables`; R <= D.
 
     Returns:
         q and k turned, shapes and dtypes kept.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    first, second, passed = _parts(wide, cos)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, passed), dim=-1).to(x.dtype)
+
+
+def _parts(x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two halves that turn into each other, (T, N, R/2) each, and what passes, (T, N, D - R)."""
+    half = cos.shape[-1]
+    return x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

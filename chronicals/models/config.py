@@ -1,22 +1,18 @@
 """What a decoder is, as data: read from config.json through the family's table, and written back without losing a key.
 
 A value that changes what transformers computes is honoured or refused by name; nothing is ignored in silence. Left
-out: rope scalings yarn and longrope (refused), dynamic (its frequencies follow the longest sequence of a batch, so
-packed documents would change each other), quantised checkpoints, attention dropout.
+out: quantised checkpoints, attention dropout.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from chronicals.errors import UserError
 from chronicals.models.families import FAMILIES, Family
+from chronicals.models.rope import RopeConfig, rope_from_hf, rope_to_hf
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -39,47 +35,6 @@ _SAME_NAMES = (
     "tie_word_embeddings",
     "initializer_range",
 )
-_ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary frequencies: `theta` and a scaling. Factors that the scaling does not use are None."""
-
-    type: str = "default"
-    theta: float = 10000.0
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-
-    def inv_freq(self, head_dim: int) -> Tensor:
-        """(head_dim / 2,) float32 on the CPU, radians per position, rounded as transformers rounds them.
-
-        Scalings: linear divides all by `factor` (position interpolation, Chen et al. 2023); llama3 divides
-        wavelengths longer than `original / low_freq_factor` by `factor`, keeps those shorter than `original /
-        high_freq_factor`, and blends between.
-        """
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-        plain = 1.0 / (self.theta**exponents)
-        if self.type == "default":
-            return plain
-        assert self.factor is not None
-        if self.type == "linear":
-            return plain / self.factor
-        low, high, original = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
-        assert low is not None
-        assert high is not None
-        assert original is not None
-        turns = original / (2 * math.pi / plain)
-        blend = (turns - low) / (high - low)
-        blended = (1 - blend) * plain / self.factor + blend * plain
-        scaled = torch.where(turns < low, plain / self.factor, blended)
-        return torch.where(turns > high, plain, scaled)
 
 
 @dataclass(frozen=True)
@@ -150,7 +105,7 @@ class ModelConfig:
             head_dim=head_dim,
             rms_norm_eps=get("rms_norm_eps"),
             activation=_ACTIVATIONS[activation],
-            rope=_rope(data, get("rope_theta")),
+            rope=rope_from_hf(data, family, head_dim),
             windows=_windows(data, family),
             qkv_bias=bias(family.qkv_bias),
             o_bias=bias(family.o_bias),
@@ -177,7 +132,7 @@ class ModelConfig:
         if changed("activation"):
             out["hidden_act"] = _ACTIVATION_NAMES[self.activation]
         if changed("rope"):
-            out |= _rope_to_hf(self.rope)
+            out |= rope_to_hf(self.rope)
         if changed("windows"):
             out |= _windows_to_hf(self.windows, family)
         return out
@@ -209,53 +164,12 @@ def _size(data: Mapping[str, Any], key: str) -> int:
 def _refuse_unsupported(data: Mapping[str, Any]) -> None:
     for key, neutral, mend in (
         ("attention_dropout", 0, "set it to 0.0 in config.json"),
-        ("partial_rotary_factor", 1, "use a model whose whole head is rotated"),
         ("quantization_config", None, "use the checkpoint in 16 or 32 bits"),
         ("pruned_heads", None, "use the unpruned checkpoint"),
     ):
         value = data.get(key)
         if value and value != neutral:
             raise UserError(f"config.json: {key} {value!r} is not supported", mend)
-
-
-def _rope(data: Mapping[str, Any], theta: float) -> RopeConfig:
-    """Rope of either spelling: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
-    # where both stand, transformers 5 lets rope_scaling win
-    scaling = data.get("rope_scaling") or data.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "dynamic":
-        raise UserError(
-            "config.json: rope scaling 'dynamic' is not supported: its frequencies follow the longest sequence of a "
-            "batch, so packed documents would change each other",
-            "use 'linear' or 'llama3', or remove it from config.json to train within the original length",
-        )
-    if kind not in _ROPE_KEYS:
-        raise UserError(f"config.json: rope scaling {kind!r} is not supported", f"use one of {', '.join(_ROPE_KEYS)}")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS["llama3"]}
-    if unknown := sorted(set(scaling) - known):
-        raise UserError(f"config.json: rope parameter {unknown[0]!r} is not supported", "remove it from config.json")
-    if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise UserError(
-            f"config.json: partial_rotary_factor {scaling['partial_rotary_factor']!r} is not supported",
-            "use a model whose whole head is rotated",
-        )
-    values = {key: scaling.get(key) for key in _ROPE_KEYS[kind]}
-    if kind == "llama3" and values["original_max_position_embeddings"] is None:
-        values["original_max_position_embeddings"] = data.get("max_position_embeddings")
-    if missing := [key for key, value in values.items() if value is None]:
-        raise UserError(
-            f"config.json: rope scaling {kind!r} lacks {missing[0]!r}", "take config.json from the model's repository"
-        )
-    return RopeConfig(type=kind, theta=float(scaling.get("rope_theta") or theta), **values)
-
-
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
-    scaling = {"rope_type": rope.type} | {key: getattr(rope, key) for key in _ROPE_KEYS[rope.type]}
-    return {
-        "rope_parameters": scaling | {"rope_theta": rope.theta},
-        "rope_theta": rope.theta,
-        "rope_scaling": None if rope.type == "default" else scaling,
-    }
 
 
 def _windows(data: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:

@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from chronicals.kernels.ops import REFERENCE, Ops
 from chronicals.kernels.rope import rope_tables
-from chronicals.models.config import ModelConfig, RopeConfig
+from chronicals.models.config import ModelConfig
 from chronicals.models.projection import Projection
 from chronicals.models.resize import resized_rows
+from chronicals.models.rope import RopeConfig
 
 
 class RMSNorm(nn.Module):
@@ -62,17 +63,38 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.rope, self.head_dim = rope, head_dim
-        self.register_buffer("inv_freq", rope.inv_freq(head_dim).to(device), persistent=False)
+        self.register_buffer("inv_freq", self._frequencies().to(device), persistent=False)
+
+    def _frequencies(self) -> Tensor:
+        return self.rope.inv_freq(self.head_dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         # `.to(bfloat16)` must not round the frequencies, nor `to_empty` lose them: follow the device, keep the values
         super()._apply(fn, recurse)
-        self.inv_freq = self.rope.inv_freq(self.head_dim).to(self.inv_freq.device)
+        self.inv_freq = self._frequencies().to(self.inv_freq.device)
         return self
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(T,) -> cos, sin: (T, D/2) float32 each."""
-        return rope_tables(positions, self.inv_freq)
+    def forward(self, positions: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """(T,), (documents + 1,) -> cos, sin: (T, R/2) float32 each, R the elements of a head that turn."""
+        return rope_tables(positions, self.inv_freq, self.rope.attention_scaling)
+
+
+class LongRotaryEmbedding(RotaryEmbedding):
+    """longrope's: each document turns by the short or the long factors, as its own length asks, whatever lies beside
+    it. `inv_freq` is (2, R/2): short, long."""
+
+    def _frequencies(self) -> Tensor:
+        return torch.stack([self.rope.inv_freq(self.head_dim, long=long) for long in (False, True)])
+
+    def forward(self, positions: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """(T,), (documents + 1,) -> cos, sin: (T, R/2) float32 each, R the elements of a head that turn."""
+        slots = torch.arange(len(positions), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        ends = torch.searchsorted(cu_seqlens, slots, right=True)
+        lengths = cu_seqlens[ends] - cu_seqlens[ends - 1]
+        original = self.rope.original_max_position_embeddings
+        assert original is not None
+        inv_freq = torch.where((lengths > original).unsqueeze(1), self.inv_freq[1], self.inv_freq[0])
+        return rope_tables(positions, inv_freq, self.rope.attention_scaling)
 
 
 class Attention(nn.Module):
@@ -155,7 +177,8 @@ class Decoder(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config, self.ops = config, ops
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **factory)
-        self.rotary_emb = RotaryEmbedding(config.rope, config.head_dim, device)
+        rotary = LongRotaryEmbedding if config.rope.type == "longrope" else RotaryEmbedding
+        self.rotary_emb = rotary(config.rope, config.head_dim, device)
         self.layers = nn.ModuleList(DecoderLayer(config, i, ops, **factory) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, **factory)
         tied = config.tie_word_embeddings
@@ -189,7 +212,7 @@ class Decoder(nn.Module):
             (T, H) in the parameters' dtype.
         """
         x = self.embed_tokens(tokens)
-        cos, sin = self.rotary_emb(positions)
+        cos, sin = self.rotary_emb(positions, cu_seqlens)
         for layer in self.layers:
             x = self._run(layer, x, cos, sin, cu_seqlens, max_seqlen)
         return self.norm(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from chronicals.errors import UserError
-from chronicals.models.config import ModelConfig, RopeConfig
+from chronicals.models import config as config_module
+from chronicals.models.config import ModelConfig
 from chronicals.models.families import FAMILIES
+from chronicals.models.rope import RopeConfig, rope_to_hf
 from tests.models.tiny import CHECKPOINTS, reference
 
 LLAMA: dict[str, Any] = {
@@ -32,6 +36,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
 SUPPORTED = ", ".join(FAMILIES)
 
 
@@ -54,7 +60,7 @@ SUPPORTED = ", ".join(FAMILIES)
         ({"attention_dropout": 0.1}, "attention_dropout 0.1 is not supported; set it to 0.0 in config.json"),
         (
             {"partial_rotary_factor": 0.5},
-            "partial_rotary_factor 0.5 is not supported; use a model whose whole head is rotated",
+            "partial_rotary_factor 0.5 is not supported for llama; use a model whose whole head is rotated",
         ),
         (
             {"quantization_config": {"quant_method": "awq"}},
@@ -62,8 +68,26 @@ SUPPORTED = ", ".join(FAMILIES)
         ),
         ({"pruned_heads": {"1": [0]}}, "pruned_heads {'1': [0]} is not supported; use the unpruned checkpoint"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "rope scaling 'yarn' is not supported; use one of default, linear, llama3",
+            {"rope_scaling": {"type": "su", "factor": 4.0}},
+            "rope scaling 'su' is not supported; use one of default, linear, llama3, yarn, longrope",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4}},
+            "rope scaling 'longrope' lacks 'long_factor'; take config.json from the model's repository",
+        ),
+        (
+            {"rope_scaling": LONGROPE | {"long_factor": [1.0] * 3}},
+            "rope scaling 'longrope' needs 4 numbers in 'long_factor', one for each pair of elements that turns, "
+            "not 3; take config.json from the model's repository",
+        ),
+        (
+            {"rope_scaling": LONGROPE | {"short_factor": 2.0}},
+            "rope scaling 'longrope' needs 4 numbers in 'short_factor', one for each pair of elements that turns, "
+            "not 2.0; take config.json from the model's repository",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0, "beta_fast": 32}},
+            "rope parameter 'beta_fast' is not supported; remove it from config.json",
         ),
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
@@ -81,7 +105,7 @@ SUPPORTED = ", ".join(FAMILIES)
         ),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
-            "partial_rotary_factor 0.25 is not supported; use a model whose whole head is rotated",
+            "partial_rotary_factor 0.25 is not supported for llama; use a model whose whole head is rotated",
         ),
         (
             {"layer_types": ["sliding_attention"] * 4},
@@ -120,19 +144,71 @@ def test_every_spelling_of_rope_is_read(spelling: dict[str, Any]) -> None:
     assert ModelConfig.from_hf(LLAMA | spelling).rope == expected
 
 
+WIDE_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.01 * i for i in range(64)],
+    "long_factor": [1.0 + 0.5 * i for i in range(64)],
+    "original_max_position_embeddings": 512,
+}
+
+
 @pytest.mark.parametrize(
-    "scaling",
-    [{"rope_type": "default"}, {"rope_type": "linear", "factor": 3.0}, LLAMA3],
-    ids=lambda scaling: scaling["rope_type"],
+    ("scaling", "top"),
+    [
+        ({"rope_type": "default"}, {}),
+        ({"rope_type": "linear", "factor": 3.0}, {}),
+        (LLAMA3, {}),
+        (LLAMA3, {"original_max_position_embeddings": 1024}),
+        (YARN, {}),
+        (YARN | {"factor": None}, {}),
+        (YARN | {"factor": 0.5}, {}),
+        (YARN | {"truncate": False, "beta_fast": 20, "beta_slow": 2.0}, {}),
+        (YARN | {"attention_factor": 0.77}, {}),
+        (YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}, {}),
+        (YARN | {"mscale": 0.7}, {}),
+        (YARN | {"factor": 40.0, "original_max_position_embeddings": 4}, {}),  # both ends of the ramp cut off
+        (YARN, {"original_max_position_embeddings": 256}),
+        (WIDE_LONGROPE, {}),
+        (WIDE_LONGROPE | {"factor": 32.0}, {}),
+        (WIDE_LONGROPE | {"attention_factor": 1.19}, {}),
+        (WIDE_LONGROPE | {"original_max_position_embeddings": None}, {"original_max_position_embeddings": 256}),
+        (WIDE_LONGROPE | {"original_max_position_embeddings": 4096}, {}),
+    ],
+    ids=lambda value: value.get("rope_type", "top"),
 )
-def test_frequencies_are_transformers(scaling: dict[str, Any]) -> None:
-    theirs = transformers.LlamaConfig(**LLAMA | {"head_dim": 128, "rope_parameters": scaling | {"rope_theta": 5e5}})
-    if scaling["rope_type"] == "default":
-        expected = 1.0 / (5e5 ** (torch.arange(0, 128, 2, dtype=torch.float32) / 128))
-    else:
-        expected, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs)
-    ours = ModelConfig.from_hf(theirs.to_dict()).rope.inv_freq(128)
-    torch.testing.assert_close(ours, expected, rtol=2e-7, atol=0)
+def test_frequencies_are_transformers(scaling: dict[str, Any], top: dict[str, Any]) -> None:
+    """Short and long, and the factor of cosines and sines."""
+    parameters = {key: value for key, value in scaling.items() if value is not None or key == "factor"}
+    sizes = LLAMA | top | {"head_dim": 128, "rope_parameters": parameters | {"rope_theta": 5e5}}
+    theirs = transformers.LlamaConfig(**sizes)
+    rope = ModelConfig.from_hf(theirs.to_dict()).rope
+    for long in (False, True):
+        if scaling["rope_type"] == "default":
+            expected, attention = LlamaRotaryEmbedding.compute_default_rope_parameters(theirs)
+        else:
+            expected, attention = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, seq_len=10**6 if long else None)
+        torch.testing.assert_close(rope.inv_freq(128, long=long), expected, rtol=2e-7, atol=0)
+        assert rope.attention_scaling == pytest.approx(attention, rel=1e-12)
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "linear", "factor": 3.0}, YARN, WIDE_LONGROPE], ids=str)
+@pytest.mark.parametrize(("share", "planes"), [(0.5, 32), (0.75, 48), (0.38, 24)])
+def test_frequencies_of_partial_rotation_are_transformers(
+    scaling: dict[str, Any], share: float, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = replace(FAMILIES["llama"], defaults=FAMILIES["llama"].defaults | {"partial_rotary_factor": 1.0})
+    monkeypatch.setattr(config_module, "FAMILIES", {"llama": family})
+    scaling = {key: value[:planes] if isinstance(value, list) else value for key, value in scaling.items()}
+    parameters = scaling | {"rope_theta": 5e5, "partial_rotary_factor": share}
+    theirs = transformers.LlamaConfig(**LLAMA | {"head_dim": 128, "rope_parameters": parameters})
+    expected, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs)
+    rope = ModelConfig.from_hf(theirs.to_dict()).rope
+    assert rope.rotary_dim(128) == 2 * planes
+    torch.testing.assert_close(rope.inv_freq(128), expected, rtol=2e-7, atol=0)
+    outside = LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling, "partial_rotary_factor": share, "head_dim": 128}
+    assert ModelConfig.from_hf(outside).rope == rope
+    again = ModelConfig.from_hf(LLAMA | {"head_dim": 128} | rope_to_hf(rope))
+    assert again.rope == rope
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

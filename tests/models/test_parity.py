@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views, load_model, save_model
+from chronicals.models.rope import RopeConfig
 from tests.kernels.numerics import relative_error
-from tests.models.tiny import CHECKPOINTS, documents, packed, save_reference
+from tests.models.tiny import CHECKPOINTS, documents, packed, reference_of, save_reference
 
 TOLERANCE = 1e-5
 
@@ -68,6 +70,35 @@ def test_the_test_sees_a_wrong_rope(pair: tuple[Path, nn.Module]) -> None:
     wrong = Decoder(config)
     wrong.load_state_dict(ours.state_dict())
     assert relative_error(logits_and_loss(wrong, streams)[0], logits_and_loss(ours, streams)[0]) > 100 * TOLERANCE
+
+
+def test_partial_rotary_as_in_phi3() -> None:
+    """Phi-3 is this decoder with part of a head turning; its two sets of longrope factors included."""
+    rope = {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.75}
+    rope |= {"short_factor": [1.0, 1.5, 2.0], "long_factor": [3.0, 4.0, 6.0]}
+    lengths = {"original_max_position_embeddings": 36, "max_position_embeddings": 256}
+    theirs = reference_of("phi3", rope_parameters=rope, pad_token_id=0, eos_token_id=0, **lengths)
+    scaling = RopeConfig(
+        "longrope",
+        500.0,
+        factor=256 / 36,
+        original_max_position_embeddings=36,
+        short_factor=(1.0, 1.5, 2.0),
+        long_factor=(3.0, 4.0, 6.0),
+        partial_rotary_factor=0.75,
+    )
+    plain = {key: value for key, value in theirs.config.to_dict().items() if "rope" not in key and "rotary" not in key}
+    llama = ModelConfig.from_hf(plain | {"model_type": "llama", "original_max_position_embeddings": None})
+    ours, streams = Decoder(replace(llama, rope=scaling)), documents()
+    ours.load_state_dict({name.removeprefix("model."): tensor for name, tensor in theirs.state_dict().items()})
+    expected_grads = {name.removeprefix("model."): parameter for name, parameter in theirs.named_parameters()}
+    logits, loss = logits_and_loss(ours, streams)
+    expected_logits, expected_loss = reference_logits_and_loss(theirs, streams)
+    assert relative_error(logits, expected_logits) < TOLERANCE
+    loss.backward()
+    expected_loss.backward()
+    for name, parameter in ours.named_parameters():
+        assert relative_error(parameter.grad, expected_grads[name].grad) < TOLERANCE, name
 
 
 def test_packed_equals_alone(pair: tuple[Path, nn.Module]) -> None:

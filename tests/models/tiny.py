@@ -27,6 +27,20 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+}
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [3.0, 4.0, 6.0, 9.0],
+    "original_max_position_embeddings": 36,  # two of the documents are longer
+}
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama3-rope": ("llama", {"rope_parameters": _LLAMA3_ROPE, "head_dim": 16}),
@@ -39,6 +53,8 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_act": "gelu_pytorch_tanh",
         },
     ),
+    "llama-yarn": ("llama", {"rope_parameters": _YARN_ROPE, "head_dim": 16}),
+    "llama-longrope": ("llama", {"rope_parameters": _LONG_ROPE}),
     "mistral-window": ("mistral", {"sliding_window": 5, "head_dim": 16}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -53,6 +69,11 @@ LENGTHS = (37, 1, 60, 8)
 def reference(name: str) -> nn.Module:
     """transformers' model of a checkpoint of `CHECKPOINTS`, float32, matrices eight times their usual size."""
     model_type, options = CHECKPOINTS[name]
+    return reference_of(model_type, **options)
+
+
+def reference_of(model_type: str, **options: Any) -> nn.Module:
+    """The same of any model type, for what no family of ours has."""
     config = transformers.AutoConfig.for_model(model_type, **(_SIZES | options))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
