@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chronicals.data import templates
 from chronicals.data.chat import render
 from chronicals.data.conversation import Conversation, RawText
 from chronicals.data.tokenizer import ChatTokenizer
@@ -156,29 +154,6 @@ def test_dropped_reasoning_of_the_last_turn_is_refused(tmp_path: Path) -> None:
     assert refusal(chat, Conversation(THOUGHTS)) == (
         "turn 4 (assistant): the chat template drops its reasoning; use another chat_template"
     )
-
-
-def test_today_is_always_the_same_day(tmp_path: Path) -> None:
-    dated = (
-        "{%- macro today() %}{{ strftime_now('%d %b %Y, %A %-d %B, %F %H:%M') }}{% endmacro %}"
-        "{%- if strftime_now is defined %}{{- today() }}{% endif %}" + NO_PROMPT
-    )
-    folder = byte_level(tmp_path, special=("<|im_start|>", "<|im_end|>"), eos="<|im_end|>")
-    chat = load(folder, chat_template=dated)
-    document = render(chat, CHAT)
-    text = chat.tokenizer.decode(document.tokens)
-    assert text.startswith("26 Jul 2024, Friday 26 July, 2024-07-26 12:00<|im_start|>")
-    assert datetime(2024, 7, 26, 12).strftime("%d %b %Y, %A %-d %B, %F %H:%M") == text.partition("<|im_start|>")[0]
-    assert chat.chat_template == dated  # what is saved asks for the date
-
-
-@pytest.mark.parametrize("start", ["", " a", "\n", "\n\n ", "  {% if true %}\n  b\n  {% endif %}\n", "{#- c -#}\n"])
-def test_the_fixed_day_changes_no_other_text(start: str, tmp_path: Path) -> None:
-    tokenizer = load(byte_level(tmp_path, eos="</s>"), chat_template="alpaca").tokenizer
-    plain = templates.apply(tokenizer, start + "{{ 2024 }}", CHAT.messages)
-    assert templates.apply(tokenizer, start + "{{ strftime_now('%Y') }}", CHAT.messages) == plain
-    with pytest.raises(UserError, match=r"not valid Jinja: .* \(its line 2\)"):
-        templates.apply(tokenizer, "{{ strftime_now('%Y') }}\n{% for }}", CHAT.messages)
 
 
 def test_default_system_message(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,28 @@ def test_wrong_template_names(tmp_path: Path) -> None:
 def test_unusable_templates(template: str, message: str, tmp_path: Path) -> None:
     folder = byte_level(tmp_path, eos="</s>")
     assert message in refusal(folder, chat_template="jinja", chat_template_jinja=template)
+
+
+def test_today_is_always_the_same_day(tmp_path: Path) -> None:
+    dated = (
+        "{%- macro today() %}{{ strftime_now('%d %b %Y, %A %-d %B, %F %H:%M') }}{% endmacro %}"
+        "{%- if strftime_now is defined %}{{- today() }}{% endif %}" + OWN
+    )
+    chat = load(byte_level(tmp_path, bos="<s>", eos="</s>"), chat_template=dated)
+    document = render(chat, CHAT)
+    text = chat.tokenizer.decode(document.tokens)
+    assert text.startswith("26 Jul 2024, Friday 26 July, 2024-07-26 12:00<s>")
+    assert datetime(2024, 7, 26, 12).strftime("%d %b %Y, %A %-d %B, %F %H:%M") == text.partition("<s>")[0]
+    assert chat.chat_template == dated  # what is saved asks for the date
+
+
+@pytest.mark.parametrize("start", ["", " a", "\n", "\n\n ", "  {% if true %}\n  b\n  {% endif %}\n", "{#- c -#}\n"])
+def test_the_fixed_day_changes_no_other_text(start: str, tmp_path: Path) -> None:
+    tokenizer = load(byte_level(tmp_path, eos="</s>"), chat_template="alpaca").tokenizer
+    plain = templates.apply(tokenizer, start + "{{ 2024 }}", CHAT.messages)
+    assert templates.apply(tokenizer, start + "{{ strftime_now('%Y') }}", CHAT.messages) == plain
+    with pytest.raises(UserError, match=r"not valid Jinja: .* \(its line 2\)"):
+        templates.apply(tokenizer, "{{ strftime_now('%Y') }}\n{% for }}", CHAT.messages)
 
 
 def test_end_of_turn_added_by_the_config(tmp_path: Path) -> None:
