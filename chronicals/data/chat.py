@@ -268,8 +268,8 @@ def _for_template(message: Message, template: str, name: str) -> Message:
     Raises:
         UserError: the message has a field whose text the template would drop.
     """
-    for key in ("tool_calls", "reasoning_content"):
-        if message.get(key) and key not in template:
+    for key, other in (("tool_calls", "tool_calls"), ("reasoning_content", "thinking")):
+        if message.get(key) and key not in template and other not in template:
             raise UserError(
                 f"{name}: the chat template has no place for {key}",
                 "use one that does, or remove them from the row",

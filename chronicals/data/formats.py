@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's role names, and those of the data sets that grew from it
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+# Other names of `reasoning_content`. transformers gives it to templates that read `thinking` under that name
+OTHER_REASONING = ("thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,9 @@ def _turn(turn: Any, number: int, form: RowFormat) -> Message:
             raise BadRow(f"{where}only the assistant calls tools")
     may_be_absent = role == "assistant" and content is None
     message["content"] = "" if may_be_absent else _text(content, f"{where}`{content_key}`", parts=True)
+    for other in OTHER_REASONING:
+        if other in message:
+            message.setdefault("reasoning_content", message.pop(other))
     if "reasoning_content" in message:
         message["reasoning_content"] = _text(message["reasoning_content"], f"{where}`reasoning_content`")
     if (train := _train_flag(turn, train_key, where)) is not None:

@@ -270,6 +270,13 @@ def test_earlier_turns_without_an_end_token(tmp_path: Path) -> None:
     assert refusal(chat, Conversation(CHAT.messages[1:])).startswith("turn 2 (assistant): no end token (</s>) follows")
 
 
+def test_templates_that_read_thinking_are_given_it(tmp_path: Path) -> None:
+    template = QWEN25_LIKE.replace("+ m.content", '+ ("(" + m.thinking + ")" if m.thinking else "") + m.content')
+    row = Conversation([CHAT.messages[1], {"role": "assistant", "content": "Hello", "reasoning_content": "one"}])
+    chat = with_template(tmp_path, template)
+    assert trained(chat, render(chat, row)) == ["(one)Hello<|im_end|>"]
+
+
 def test_developer_is_system(tmp_path: Path) -> None:
     chat = load(byte_level(tmp_path, eos="</s>"), chat_template="chatml")
     own = with_template(tmp_path / "own", QWEN25_LIKE)

@@ -224,6 +224,12 @@ def test_parts_of_text_and_other_keys() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_under_any_name(name: str) -> None:
+    assert messages(chat(USER, ANSWER | {name: "hm"})) == [USER, ANSWER | {"reasoning_content": "hm"}]
+    assert bad(chat(USER, ANSWER | {name: 3})) == "turn 2 (assistant): `reasoning_content` is a number, not text"
+
+
 def test_a_system_column() -> None:
     system = {"role": "system", "content": "Be brief"}
     assert messages(chat(USER, ANSWER) | {"system": "Be brief"}) == [system, USER, ANSWER]
