@@ -1,0 +1,407 @@
+"""Linear cross-entropy on the GPU: cuBLAS for the matmuls, one row kernel between them, gradients made in the forward.
+
+The loss is that of chronicals/kernels/linear_cross_entropy.py; docs/math/linear-cross-entropy.md derives it and both
+gradients, dH = dlogits W and dW = dlogits^T H. With R supervised rows, V columns and H features there are two ways:
+
+`fast` walks chunks of rows, each against the whole vocabulary: logits = h W^T, the row kernel turns them into dlogits
+in place and into losses, dH = dlogits W, dW += dlogits^T h. Three matmuls of 2 R V H, one write and three reads of the
+R V logits beside (four and five with what the matmuls themselves write and read), a chunk of logits in memory. dW adds
+up in float32: in the caller's buffer where that is float32, else in a scratch where there is more than one chunk.
+
+`frugal` walks blocks of columns, each for all rows, twice: first only the maximum and the sum of each row (online
+softmax); then the logits again, dlogits in place, the block's rows of dW written once, dH added up in float32. Four
+matmuls, a block of logits and dH in memory. It is Cut Cross-Entropy (Wijmans et al. 2024) with cuBLAS's matmuls.
+
+Where no gradient is wanted, or each row's comes in later (`reduction="none"`), both modes are the blocks: the first
+walk in the forward, the second in the backward pass, with wide blocks for `fast` and narrow ones for `frugal`.
+
+Rows are gathered by `target_rows` before they meet the matmul, zero where there is no target, and scattered after it,
+so that a row which nobody supervises is never read and may hold NaN. Nothing is read back on the host.
+
+Left out: skipping negligible tiles (see cross_entropy_rows.py), class weights, a bias, float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from chronicals.kernels.fused.cross_entropy_rows import (
+    HeadOptions,
+    Softmax,
+    cross_entropy_rows_,
+    dlogits_of_block_,
+    losses_of_block,
+)
+from chronicals.kernels.fused.supervised_rows import gather_rows, scale_, scatter_rows
+from chronicals.kernels.linear_cross_entropy import check_arguments
+
+if TYPE_CHECKING:
+    from chronicals.kernels.grad_sink import GradSink
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK_ROWS = 4096  # below that, matmuls with a small H fall off and dW is re-read often
+LEAST_CHUNK_ROWS = 1024
+FRUGAL_LOGITS = 90_000_000  # bytes of a block of logits: with dH and h, 132 MB at 8192 x 896 x 151936
+FRUGAL_COLUMNS = 6000  # a block of dlogits is then read back from L2, in part
+ALIGNMENT = 64  # columns: row strides that cuBLAS's widest loads take, whatever the vocabulary
+PLAIN = HeadOptions()
+KEPT_FREE = 0.1  # of the free memory, for fragmentation
+
+
+class Plan(NamedTuple):
+    """How much of the (R, V) logits exists at a time."""
+
+    chunk_rows: int  # against the whole vocabulary; 0: all rows, by blocks of columns
+    block_columns: int  # for all rows, where the walk is by blocks
+
+    @classmethod
+    def fast(cls, rows: int, vocab: int, chunk_rows: int) -> Plan:
+        """Even chunks of at most `chunk_rows`, or blocks of as many logits."""
+        chunks = max(1, triton.cdiv(rows, chunk_rows))
+        chunk = triton.cdiv(rows, chunks)
+        if chunks > 1:
+            chunk = min(_round_up(chunk, 128), chunk_rows)  # whole tiles of the matmul
+        return cls(chunk, min(vocab, _round_up(triton.cdiv(vocab, chunks), 128)))
+
+    @classmethod
+    def frugal(cls, rows: int, vocab: int, itemsize: int) -> Plan:
+        """Even blocks of at most `FRUGAL_LOGITS` bytes and `FRUGAL_COLUMNS` columns, but 128 columns at least."""
+        most = min(FRUGAL_COLUMNS, FRUGAL_LOGITS // (max(1, rows) * itemsize))
+        most = max(128, most // 128 * 128)
+        blocks = triton.cdiv(vocab, most)
+        return cls(0, min(vocab, _round_up(triton.cdiv(vocab, blocks), 128)))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return triton.cdiv(n, multiple) * multiple
+
+
+def plan_for(mode: str, chunk_rows: int | None, rows: int, hidden: Tensor, weight: Tensor, scratch: bool) -> Plan:
+    """The plan that a mode stands for. `auto` asks for the free memory once for a shape and keeps to its answer, so
+    that a captured graph and its warm-up agree; `scratch`: dW will need a float32 scratch."""
+    vocab, features = weight.shape
+    if mode == "fast":
+        return Plan.fast(rows, vocab, chunk_rows or CHUNK_ROWS)
+    if mode == "auto":
+        if hidden.device.type != "cuda":
+            return Plan.fast(rows, vocab, chunk_rows or CHUNK_ROWS)
+        return _by_free_memory(hidden.device, chunk_rows, rows, vocab, features, weight.element_size(), scratch)
+    return Plan.frugal(rows, vocab, weight.element_size())
+
+
+@functools.cache
+def _by_free_memory(
+    device: torch.device,
+    chunk_rows: int | None,
+    rows: int,
+    vocab: int,
+    features: int,
+    itemsize: int,
+    scratch: bool,
+) -> Plan:
+    """`fast` with the largest chunk that fits, of 4096, 2048 and 1024 rows; `frugal` where none does."""
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    for chunk in [chunk_rows] if chunk_rows else [CHUNK_ROWS, CHUNK_ROWS // 2, LEAST_CHUNK_ROWS]:
+        plan = Plan.fast(rows, vocab, chunk)
+        needed = plan.chunk_rows * (_round_up(vocab, ALIGNMENT) + 2 * features) * itemsize
+        if scratch and plan.chunk_rows < rows:
+            needed += 4 * vocab * features
+        if needed <= (1 - KEPT_FREE) * free:
+            return plan
+    return Plan.frugal(rows, vocab, itemsize)
+
+
+def matmul_into(buffer: Tensor, add: bool, left: Tensor, right: Tensor) -> None:
+    """`buffer (+)= left @ right`, without a rounding between the product and a float32 buffer."""
+    wider = {} if buffer.dtype == left.dtype else {"out_dtype": buffer.dtype}
+    if add:
+        torch.addmm(buffer, left, right, out=buffer, **wider)
+    else:
+        torch.mm(left, right, out=buffer, **wider)
+
+
+def _logits_buffer(rows: int, columns: int, weight: Tensor) -> Tensor:
+    return torch.empty(rows, _round_up(columns, ALIGNMENT), dtype=weight.dtype, device=weight.device)
+
+
+def linear_cross_entropy_by_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    target_rows: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    losses: Tensor,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    *,
+    add: bool = False,
+    options: HeadOptions = PLAIN,
+    chunk_rows: int = CHUNK_ROWS,
+) -> None:
+    """Losses and gradients in one walk over chunks of rows (`fast`).
+
+    Args:
+        hidden: (T, H), last stride 1; only supervised rows are read.
+        weight: (V, H).
+        target_rows: (R,) int32 or int64, contiguous: rows of `hidden`, each at most once where there is a target.
+        targets: (R,) int64 contiguous; -100: no target.
+        scale: (1,) float32, multiplies the gradients and not the losses.
+        losses: (R,) float32. Overwritten; 0 where there is no target.
+        dhidden: (T, H) or longer, last stride 1. Overwritten, by zero where there is no target. None: unwanted.
+        dweight: (V, H). Overwritten, or added to if `add`. None: unwanted.
+        chunk_rows: rows whose logits exist at a time.
+    """
+    (rows,), (vocab, features) = target_rows.shape, weight.shape
+    chunk_rows = min(chunk_rows, rows)
+    if dhidden is not None:
+        dhidden.zero_()
+    if rows == 0:
+        return _nothing_for(dweight, add)
+    buffer = _logits_buffer(chunk_rows, vocab, weight)
+    h_buffer = torch.empty(chunk_rows, features, dtype=weight.dtype, device=weight.device)
+    dh_buffer = None if dhidden is None else torch.empty_like(h_buffer)
+    total, adding = dweight, add
+    if dweight is not None and dweight.dtype != torch.float32 and chunk_rows < rows:
+        total, adding = torch.empty(vocab, features, dtype=torch.float32, device=weight.device), False
+    for start in range(0, rows, chunk_rows):
+        part = slice(start, min(start + chunk_rows, rows))
+        count = part.stop - start
+        h, logits = h_buffer[:count], buffer[:count, :vocab]
+        gather_rows(hidden, target_rows[part], targets[part], h)
+        torch.mm(h, weight.T, out=logits)
+        cross_entropy_rows_(logits, targets[part], scale, losses[part], options)
+        if dhidden is not None and dh_buffer is not None:
+            dh = torch.mm(logits, weight, out=dh_buffer[:count])
+            scatter_rows(dh, target_rows[part], targets[part], dhidden)
+        if total is not None:
+            matmul_into(total, adding or start > 0, logits.T, h)
+    if dweight is not None and total is not None and total is not dweight:
+        dweight.add_(total) if add else dweight.copy_(total)
+
+
+def linear_cross_entropy_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    target_rows: Tensor,
+    targets: Tensor,
+    *,
+    options: HeadOptions = PLAIN,
+    block_columns: int,
+) -> tuple[Tensor, Tensor]:
+    """Losses and log-sum-exps, (R,) float32 each, in one walk over blocks of columns: the forward without gradients.
+
+    Arguments as in `linear_cross_entropy_by_rows`; `block_columns`: columns whose logits exist at a time.
+    """
+    (rows,), (vocab, features) = target_rows.shape, weight.shape
+    state = Softmax.empty(rows, weight.device)
+    if rows == 0:
+        return state.losses, state.lse
+    buffer = _logits_buffer(rows, min(block_columns, vocab), weight)
+    h = torch.empty(rows, features, dtype=weight.dtype, device=weight.device)
+    gather_rows(hidden, target_rows, targets, h)
+    for start in range(0, vocab, block_columns):
+        block = weight[start : start + block_columns]
+        logits = torch.mm(h, block.T, out=buffer[:, : len(block)])
+        losses_of_block(logits, targets, state, start, vocab, options)
+    return state.losses, state.lse
+
+
+def linear_cross_entropy_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    target_rows: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    *,
+    add: bool = False,
+    options: HeadOptions = PLAIN,
+    block_columns: int,
+) -> None:
+    """Gradients in one walk over blocks of columns, given the log-sum-exps (R,) of the walk before.
+
+    Arguments as in `linear_cross_entropy_by_rows`, but `scale` may be (R,) float32, one a row. dW is written once, so
+    it needs no scratch.
+    """
+    (rows,), (vocab, features) = target_rows.shape, weight.shape
+    if dhidden is not None:
+        dhidden.zero_()
+    if rows == 0:
+        return _nothing_for(dweight, add)
+    buffer = _logits_buffer(rows, min(block_columns, vocab), weight)
+    h = torch.empty(rows, features, dtype=weight.dtype, device=weight.device)
+    gather_rows(hidden, target_rows, targets, h)
+    dh = None if dhidden is None else torch.empty_like(h, dtype=torch.float32)
+    for start in range(0, vocab, block_columns):
+        block = weight[start : start + block_columns]
+        logits = torch.mm(h, block.T, out=buffer[:, : len(block)])
+        dlogits_of_block_(logits, targets, scale, lse, start, vocab, options)
+        if dh is not None:
+            matmul_into(dh, start > 0, logits, block)
+        if dweight is not None:
+            matmul_into(dweight[start : start + block_columns], add, logits.T, h)
+    if dh is not None and dhidden is not None:
+        scatter_rows(dh, target_rows, targets, dhidden)
+
+
+def _nothing_for(dweight: Tensor | None, add: bool) -> None:
+    if dweight is not None and not add:
+        dweight.zero_()
+
+
+class _Wanted(NamedTuple):
+    """The buffers of one call's gradients."""
+
+    dhidden: Tensor | None
+    dweight: Tensor | None
+    add: bool
+
+    @classmethod
+    def open(cls, hidden: Tensor, weight: Tensor, needs: tuple[bool, ...], sink: GradSink | None) -> _Wanted:
+        dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
+        if not needs[1]:
+            return cls(dhidden, None, False)
+        if sink is None:
+            return cls(dhidden, torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), False)
+        return cls(dhidden, *sink.open(weight))
+
+    def close(self, weight: Tensor, sink: GradSink | None) -> Tensor | None:
+        """What autograd gets for the weight."""
+        return self.dweight if sink is None or self.dweight is None else sink.close(weight, self.dweight)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target_rows: Tensor,
+        targets: Tensor,
+        grad_scale: Tensor,
+        plan: Plan,
+        options: HeadOptions,
+        sink: GradSink | None,
+    ) -> Tensor:
+        inputs = (hidden, weight, target_rows, targets)
+        wanted = _Wanted.open(hidden, weight, ctx.needs_input_grad, sink)
+        gradients = (wanted.dhidden, wanted.dweight)
+        if plan.chunk_rows:
+            losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+            linear_cross_entropy_by_rows(
+                *inputs, grad_scale, losses, *gradients, add=wanted.add, options=options, chunk_rows=plan.chunk_rows
+            )
+        else:
+            losses, lse = linear_cross_entropy_losses(*inputs, options=options, block_columns=plan.block_columns)
+            linear_cross_entropy_gradients(
+                *inputs, grad_scale, lse, *gradients, add=wanted.add, options=options, block_columns=plan.block_columns
+            )
+        ctx.gradients = (*gradients, wanted.close(weight, sink))
+        return losses.sum() * grad_scale[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy hands its gradients out once; call it again for another backward")
+        dhidden, dweight, returned = ctx.gradients
+        ctx.gradients = None
+        if dweight is not None and returned is None:
+            # what went into the sink's buffer cannot be told from what was there: a factor must not pass unseen
+            grad = torch.where(grad == 1, grad, float("nan"))
+        for gradient in (dhidden, dweight):
+            if gradient is not None:
+                scale_(gradient, grad)
+        return dhidden, returned, *(None,) * 6
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target_rows: Tensor,
+        targets: Tensor,
+        grad_scale: Tensor,
+        block_columns: int,
+        options: HeadOptions,
+        sink: GradSink | None,
+    ) -> Tensor:
+        losses, lse = linear_cross_entropy_losses(
+            hidden, weight, target_rows, targets, options=options, block_columns=block_columns
+        )
+        ctx.save_for_backward(hidden, weight, target_rows, targets, grad_scale, lse)
+        ctx.rest = block_columns, options, sink
+        return losses * grad_scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, target_rows, targets, grad_scale, lse = ctx.saved_tensors
+        block_columns, options, sink = ctx.rest
+        wanted = _Wanted.open(hidden, weight, ctx.needs_input_grad, sink)
+        linear_cross_entropy_gradients(
+            hidden,
+            weight,
+            target_rows,
+            targets,
+            grad * grad_scale,
+            lse,
+            wanted.dhidden,
+            wanted.dweight,
+            add=wanted.add,
+            options=options,
+            block_columns=block_columns,
+        )
+        return wanted.dhidden, wanted.close(weight, sink), *(None,) * 6
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target_rows: Tensor,
+    targets: Tensor,
+    grad_scale: Tensor,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "sum",
+    mode: str = "auto",
+    chunk_rows: int | None = None,
+    sink: GradSink | None = None,
+) -> Tensor:
+    """`grad_scale` times the supervised rows' cross-entropies, summed or each: see
+    `chronicals.kernels.linear_cross_entropy.linear_cross_entropy`, whose signature and meaning this has.
+
+    Beyond it: float32, bfloat16 or float16 (no float64); a row has at most one target; a target outside [0, V) other
+    than -100 gives a loss of NaN instead of an error, as nothing is read back. In float16, dlogits are rounded with
+    `grad_scale` inside: let it carry the loss scale. Where the sink's buffer keeps the weight gradient,
+    `backward()` must start at this loss or sums of it: any factor but 1 turns the gradients into NaN.
+    """
+    check_arguments(hidden, weight, target_rows, targets, grad_scale, reduction, mode, chunk_rows)
+    if hidden.dtype not in DTYPES:
+        raise ValueError(f"the fused linear cross-entropy takes float32, bfloat16 and float16, not {hidden.dtype}")
+    if hidden.stride(1) != 1:
+        hidden = hidden.contiguous()
+    target_rows, targets = target_rows.contiguous(), targets.contiguous()
+    grad_scale = grad_scale.float()
+    options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
+    gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    scratch = gradients and weight.requires_grad and weight.dtype != torch.float32 and reduction == "sum"
+    plan = plan_for(mode, chunk_rows, len(target_rows), hidden, weight, scratch)
+    if reduction == "sum" and gradients:
+        return _Sum.apply(hidden, weight, target_rows, targets, grad_scale, plan, options, sink)
+    losses = _Rows.apply(hidden, weight, target_rows, targets, grad_scale, plan.block_columns, options, sink)
+    return losses.sum() if reduction == "sum" else losses

@@ -1,0 +1,67 @@
+"""The kernels of linear cross-entropy compile for every GPU, load 16 bytes at a time and spill nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from chronicals.kernels.fused import cross_entropy_rows, supervised_rows
+from chronicals.kernels.fused.cross_entropy_rows import HeadOptions, RowConfig
+from tests.kernels.aot import TARGETS, compile_all
+
+PLAIN = HeadOptions().constexprs()
+EVERYTHING = HeadOptions(30.0, 0.5, 0.1, 1e-4).constexprs()
+SIGNATURES = {
+    "cross_entropy_kernel": {"LOGITS": "*bf16", "TARGETS": "*i64", "SCALE": "*fp32", "LOSS": "*fp32"},
+    "losses_kernel": {"LOGITS": "*bf16", "TARGETS": "*i64"} | dict.fromkeys(("PEAK", "TOTAL", "LSE", "LOSS"), "*fp32"),
+    "dlogits_kernel": {"LOGITS": "*bf16", "TARGETS": "*i64", "SCALE": "*fp32", "LSE": "*fp32"},
+}
+
+
+def compile_rows(name: str, config: RowConfig, options: dict[str, float], dtype: str = "bf16"):
+    """One row kernel in one configuration, for every target; AMD's warps have 64 threads, so half as many."""
+    kernel = getattr(cross_entropy_rows, name)
+    sizes = {"row_stride": "i32:16", "vocab": "i32"}
+    constexprs = options | {"LANES": config.lanes, "VEC": config.vec, "STAGES": config.stages}
+    if name != "cross_entropy_kernel":
+        sizes |= {"start": "i32:16", "width": "i32"}
+    if name == "dlogits_kernel":
+        constexprs |= {"SCALE_STRIDE": 1}
+    signature = SIGNATURES[name] | {"LOGITS": f"*{dtype}"} | sizes
+    compiled = {}
+    for warp_size in (32, 64):
+        targets = {key: value for key, value in TARGETS.items() if value[0].warp_size == warp_size}
+        num_warps = config.threads // warp_size
+        compiled |= compile_all(kernel, signature, constexprs, num_warps=num_warps, num_stages=1, targets=targets)
+    return compiled
+
+
+@pytest.mark.parametrize("config", cross_entropy_rows.CONFIGS)
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_row_kernels_compile_vectorised(name: str, config: str) -> None:
+    for target, one in compile_rows(name, cross_entropy_rows.CONFIGS[config], PLAIN).items():
+        assert not one.stack, f"{target} spills {one.stack} bytes a thread"
+        if one.registers is not None:
+            assert "ld.global" in one.assembly
+            assert "v4" in one.assembly, f"{target} does not load 16 bytes at a time"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_other_dtypes_and_all_options(dtype: str) -> None:
+    for target, one in compile_rows("cross_entropy_kernel", cross_entropy_rows.WIDE, EVERYTHING, dtype).items():
+        assert not one.stack, f"{target} spills {one.stack} bytes a thread"
+
+
+@pytest.mark.parametrize("index", ["i32", "i64"])
+def test_row_movers_compile(index: str) -> None:
+    rows = {"ROWS": f"*{index}", "TARGETS": "*i64", "tokens": "i32", "hidden": "i32:16"}
+    block = {"BLOCK": supervised_rows.BLOCK}
+    gather = {"HIDDEN": "*bf16", "OUT": "*bf16", "hidden_stride": "i32:16"}
+    compile_all(supervised_rows.gather_rows_kernel, gather | rows, block)
+    scatter = {"D_ROWS": "*fp32", "D_HIDDEN": "*bf16", "d_hidden_stride": "i32:16"}
+    compile_all(supervised_rows.scatter_rows_kernel, scatter | rows, block)
+
+
+@pytest.mark.parametrize("size", ["i32", "i64"])
+def test_scale_compiles(size: str) -> None:
+    signature = {"X": "*bf16", "FACTOR": "*fp32", "size": size}
+    compile_all(supervised_rows.scale_kernel, signature, {"PROGRAMS": 1024, "BLOCK": supervised_rows.BLOCK})
