@@ -8,22 +8,35 @@ Query head h reads key/value head h // (Nq / Nk) (grouped-query attention). Boun
 length 0 (the unused, repeated entries) are allowed anywhere. Every row must belong to a document: a row outside all
 of them would be written by no backend.
 
-Backends, resolved once per device and dtype: on CUDA in half precision torch's `varlen_attn` (FlashAttention-2
-inside); everywhere else one `scaled_dot_product_attention` call per document, which reads the boundaries on the host.
-Left out: FlashAttention-4, dropout, bidirectional attention.
+A backend is called like `varlen_attention`, with gradients; layer halves, which write their backward by hand, call its
+`forward` and `backward`. `TorchVarlen` is torch's FlashAttention-2, `PerDocument` one `scaled_dot_product_attention`
+per document for everything else; FlashAttention-4 is in `fused/attention.py`. A backend is chosen once, and what it
+cannot do is an error that names one that can. Why no backend reads or writes the scores: docs/math/attention.md.
+Left out: dropout, bidirectional attention.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Options(TypedDict, total=False):
+    """What may differ between layers; see `varlen_attention`."""
+
+    window: int | None
+    softcap: float | None
+    scale: float | None
 
 
 def varlen_attention_reference(
@@ -41,22 +54,28 @@ def varlen_attention_reference(
     out = torch.zeros_like(q)
     bounds = cu_seqlens.tolist()
     for start, end in itertools.pairwise(bounds):
-        out[start:end] = _document_math(q[start:end], k[start:end], v[start:end], window, softcap, scale)
+        out[start:end] = _document_math(
+            q[start:end], k[start:end], v[start:end], window=window, softcap=softcap, scale=scale
+        )
     return out
 
 
-def _document_math(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, scale: float | None
-) -> Tensor:
+def _document_math(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> Tensor:
     """One document, scores written out. q (L, Nq, D); k, v (L, Nk, D) -> (L, Nq, D)."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = _document_scores(q, k, **options)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return torch.einsum("nij,jnd->ind", weights, v.repeat_interleave(q.shape[1] // v.shape[1], dim=1))
+
+
+def _document_scores(
+    q: Tensor, k: Tensor, window: int | None = None, softcap: float | None = None, scale: float | None = None
+) -> Tensor:
+    """(Nq, L, L): s_ij, -inf where query i may not see key j."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = torch.einsum("ind,jnd->nij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_visible(len(q), window, q.device), float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return torch.einsum("nij,jnd->ind", weights, v)
+    return scores.masked_fill(~_visible(len(q), window, q.device), float("-inf"))
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
@@ -66,28 +85,24 @@ def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _per_document(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    window: int | None,
-    softcap: float | None,
-    scale: float | None,
-) -> Tensor:
-    bounds = cu_seqlens.tolist()
-    assert (bounds[0], bounds[-1]) == (0, len(q)), f"cu_seqlens run from {bounds[0]} to {bounds[-1]}, not 0 to {len(q)}"
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+def _per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options: Unpack[Options]) -> Tensor:
+    """`varlen_attention` by ordinary autograd; reads the boundaries on the host."""
     outputs = [q[:0]]
-    # split, not slices: the backward of each slice would fill a tensor of all T rows
-    for query, key, value in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-        if softcap is not None:
-            outputs.append(_document_math(query, key, value, window, softcap, scale))
+    for query, key, value in _documents(cu_seqlens, q, k, v):
+        if options.get("softcap") is not None:
+            outputs.append(_document_math(query, key, value, **options))
         elif len(query):
-            outputs.append(_document_sdpa(query, key, value, window, scale))
+            outputs.append(_document_sdpa(query, key, value, options.get("window"), options.get("scale")))
     return torch.cat(outputs)
+
+
+def _documents(cu_seqlens: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Each document's part of each tensor (T, ...)."""
+    bounds, rows = cu_seqlens.tolist(), len(tensors[0])
+    assert (bounds[0], bounds[-1]) == (0, rows), f"cu_seqlens run from {bounds[0]} to {bounds[-1]}, not 0 to {rows}"
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    # split, not slices: the backward of each slice would fill a tensor of all T rows
+    return zip(*(x.split(lengths) for x in tensors), strict=True)
 
 
 def _document_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
@@ -101,45 +116,194 @@ def _document_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: f
     return out.squeeze(0).transpose(0, 1)
 
 
-def _torch_varlen() -> Callable[..., Tensor]:
-    from torch.nn.attention.varlen import varlen_attn
+class AttentionBackend(ABC):
+    """One way to compute `varlen_attention`; called like it, with gradients.
 
-    # torch 2.11 takes grouped heads without being told; later versions want the flag
-    takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    `forward` and `backward` are its halves without autograd, for whoever writes the backward pass by hand. Both take
+    strided views whose last stride is 1, such as parts of one packed qkv buffer.
+    """
 
-    def attention(
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
+    ) -> Tensor:
+        out: Tensor = _Attention.apply(q, k, v, cu_seqlens, max_seqlen, self, options)
+        return out
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
+    ) -> tuple[Tensor, Tensor]:
+        """-> out (T, Nq, D) contiguous, and lse (Nq, T) float32: the logarithm of each row's sum of exp(s_ij).
+
+        Raises:
+            ValueError: this backend cannot; the message names one that can.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        **options: Unpack[Options],
+    ) -> None:
+        """Writes every row of dq (T, Nq, D) and dk, dv (T, Nk, D): views of a buffer of the caller's, never of q, k, v.
+
+        d_out (T, Nq, D) is contiguous; out and lse are what `forward` returned.
+        """
+
+
+class _Attention(torch.autograd.Function):
+    """A backend under autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        *,
-        window: int | None,
-        softcap: float | None,
-        scale: float | None,
+        backend: AttentionBackend,
+        options: Options,
     ) -> Tensor:
-        if softcap is not None:
-            raise ValueError(
-                f"torch's varlen_attn has no soft cap (asked: {softcap}); the per-document backend has one: "
-                "run in float32, or on the CPU"
-            )
-        options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if takes_gqa else {}
-        # its window counts the keys left of the query, ours the query too
-        left = -1 if window is None else window - 1
-        out = varlen_attn(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(left, 0), **options
-        )
-        assert isinstance(out, Tensor)
+        out, lse = backend.forward(q, k, v, cu_seqlens, max_seqlen, **options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        ctx.max_seqlen, ctx.backend, ctx.options = max_seqlen, backend, options
         return out
 
-    return attention
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        grads = q.new_empty(len(q), q.shape[1] + 2 * k.shape[1], q.shape[2])
+        dq, dk, dv = grads.split((q.shape[1], k.shape[1], k.shape[1]), dim=1)
+        arguments = (q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, dq, dk, dv)
+        ctx.backend.backward(d_out.contiguous(), *arguments, **ctx.options)
+        return dq, dk, dv, None, None, None, None
+
+
+class PerDocument(AttentionBackend):
+    """torch's `scaled_dot_product_attention`, document by document: any device, any dtype, soft caps written out.
+
+    It reads the boundaries on the host, so no graph can hold it.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
+    ) -> Tensor:
+        return _per_document(q, k, v, cu_seqlens, **options)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
+    ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            out = _per_document(q, k, v, cu_seqlens, **options)
+            lse = [
+                _document_scores(query, key, **options).float().logsumexp(-1)
+                for query, key in _documents(cu_seqlens, q, k)
+            ]
+        return out.contiguous(), torch.cat(lse, dim=1)
+
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        **options: Unpack[Options],
+    ) -> None:
+        query, key, value = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            again = _per_document(query, key, value, cu_seqlens, **options)
+        grads = torch.autograd.grad(again, leaves, d_out, materialize_grads=True)  # no rows: k and v were not read
+        for view, grad in zip((dq, dk, dv), grads, strict=True):
+            view.copy_(grad)
+
+
+class TorchVarlen(AttentionBackend):
+    """torch's own FlashAttention-2 in half precision, by the operators that `torch.nn.attention.varlen` calls.
+
+    Its backward adds atomically, unless `torch.use_deterministic_algorithms` asks for the same bits every time.
+    """
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
+    ) -> tuple[Tensor, Tensor]:
+        self._check(q, **options)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False, **_torch_options(**options)
+        )
+        return out, lse
+
+    def backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        **options: Unpack[Options],
+    ) -> None:
+        self._check(q, **options)
+        state = torch.empty(2, dtype=torch.uint64, device=q.device)  # dropout's, which is 0
+        unused = torch.empty(0, device=q.device)
+        bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        grads = torch.ops.aten._flash_attention_backward(
+            d_out, q, k, v, out, lse, *bounds, 0.0, True, state, unused, **_torch_options(**options)
+        )
+        for view, grad in zip((dq, dk, dv), grads, strict=True):
+            view.copy_(grad)
+
+    @staticmethod
+    def _check(q: Tensor, **options: Unpack[Options]) -> None:
+        if (softcap := options.get("softcap")) is not None:
+            raise ValueError(
+                f"torch's varlen attention has no soft cap (asked: {softcap}); FlashAttention-4 has one: install "
+                "flash-attn-4 (Hopper or newer), or run in float32"
+            )
+        if q.dtype not in HALF:
+            raise ValueError(
+                f"torch's varlen attention takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}; "
+                "PerDocument takes any dtype"
+            )
+
+
+def _torch_options(
+    window: int | None = None, softcap: float | None = None, scale: float | None = None
+) -> dict[str, Any]:
+    """torch counts the keys left of the query, we the query too."""
+    left = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    return {"scale": scale, **left}
 
 
 @lru_cache
-def _backend(device_type: str, dtype: torch.dtype) -> Callable[..., Tensor]:
-    if device_type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        return _torch_varlen()
-    return _per_document
+def plain_backend(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """The backend that needs nothing but torch: FlashAttention-2 in half precision on GPUs that have it."""
+    if device.type == "cuda" and dtype in HALF and torch.cuda.get_device_capability(device) >= (8, 0):
+        return TorchVarlen()
+    return PerDocument()
 
 
 def varlen_attention(
@@ -170,5 +334,5 @@ def varlen_attention(
     Raises:
         ValueError: the backend of this device and dtype has no soft cap.
     """
-    attention = _backend(q.device.type, q.dtype)
+    attention = plain_backend(q.device, q.dtype)
     return attention(q, k, v, cu_seqlens, max_seqlen, window=window, softcap=softcap, scale=scale)

@@ -6,8 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from chronicals.kernels.attention import _backend, varlen_attention, varlen_attention_reference
-from tests.kernels.numerics import assert_matches, relative_error
+from chronicals.kernels.attention import (
+    PerDocument,
+    TorchVarlen,
+    _Attention,
+    plain_backend,
+    varlen_attention,
+    varlen_attention_reference,
+)
+from tests.kernels.numerics import assert_matches, nan_filled_memory, relative_error
 
 # documents of length 0 and 1, repeated boundaries in the middle and at the end
 BOUNDS = [0, 0, 1, 20, 20, 27, 60, 60, 60]
@@ -71,17 +78,91 @@ def test_rows_outside_every_document_are_refused() -> None:
         varlen_attention(q, k, v, torch.tensor([0, 8], dtype=torch.int32), 8)
 
 
-def test_a_backend_without_soft_cap_names_one_that_has_it() -> None:
-    q, k, v = qkv(4, 2, 2, dtype=torch.bfloat16)
-    backend = _backend("cuda", torch.bfloat16)
-    with pytest.raises(ValueError) as caught:
-        backend(q, k, v, torch.tensor([0, 4], dtype=torch.int32), 4, window=None, softcap=30.0, scale=None)
-    assert str(caught.value) == (
-        "torch's varlen_attn has no soft cap (asked: 30.0); the per-document backend has one: "
-        "run in float32, or on the CPU"
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_halves_match_reference_in_views_of_one_buffer(heads: tuple[int, int], options: dict[str, float]) -> None:
+    """What layer halves call: parts of a packed qkv in, parts of a packed dqkv written."""
+    cu_seqlens, parts = torch.tensor(BOUNDS, dtype=torch.int32), (heads[0], heads[1], heads[1])
+    packed, backend = torch.cat(qkv(60, *heads), dim=1), PerDocument()
+    q, k, v = packed.split(parts, dim=1)
+    with nan_filled_memory():
+        out, lse = backend.forward(q, k, v, cu_seqlens, 40, **options)
+        d_packed, d_out = torch.empty_like(packed), torch.randn(60, heads[0], 8, dtype=packed.dtype)
+        backend.backward(d_out, q, k, v, out, lse, cu_seqlens, 40, *d_packed.split(parts, dim=1), **options)
+    leaf = packed.clone().requires_grad_()
+    expected = varlen_attention_reference(*leaf.split(parts, dim=1), cu_seqlens, 40, **options)
+    assert relative_error(out, expected) < 1e-12
+    assert relative_error(d_packed, torch.autograd.grad(expected, leaf, d_out)[0]) < 1e-12
+    assert lse.shape == (heads[0], 60)
+    assert lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_lse_is_the_logarithm_of_the_sum(softcap: float | None) -> None:
+    q, k, v = qkv(12, 4, 2)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    _, lse = PerDocument().forward(q, k, v, bounds, 7, softcap=softcap, window=3, scale=0.7)
+    for head in range(4):
+        for start, i in ((0, 0), (0, 4), (5, 5), (5, 11)):
+            scores = 0.7 * k[max(start, i - 2) : i + 1, head // 2] @ q[i, head]
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            torch.testing.assert_close(lse[head, i].double(), scores.exp().sum().log(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_backend_under_autograd_is_its_halves() -> None:
+    """The autograd function that FlashAttention runs in, here around a backend that the CPU has."""
+    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
+    assert_matches(
+        lambda q, k, v: _Attention.apply(q, k, v, cu_seqlens, 40, PerDocument(), {"window": 6}),
+        lambda q, k, v: varlen_attention_reference(q, k, v, cu_seqlens, 40, window=6),
+        qkv(60, 4, 2),
     )
 
 
+def test_no_rows_at_all() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(0, 4, 2))
+    cu_seqlens = torch.zeros(3, dtype=torch.int32)
+    out = _Attention.apply(q, k, v, cu_seqlens, 8, PerDocument(), {})
+    assert out.shape == (0, 4, 8)
+    assert [grad.shape for grad in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+
+
+def test_torch_without_soft_cap_names_a_backend_that_has_it() -> None:
+    q, k, v = qkv(4, 2, 2, dtype=torch.bfloat16)
+    with pytest.raises(ValueError) as caught:
+        TorchVarlen()(q, k, v, torch.tensor([0, 4], dtype=torch.int32), 4, softcap=30.0)
+    assert str(caught.value) == (
+        "torch's varlen attention has no soft cap (asked: 30.0); FlashAttention-4 has one: install flash-attn-4 "
+        "(Hopper or newer), or run in float32"
+    )
+
+
+def test_torch_in_float32_names_a_backend_that_takes_it() -> None:
+    q, k, v = qkv(4, 2, 2, dtype=torch.float32)
+    with pytest.raises(ValueError) as caught:
+        TorchVarlen().forward(q, k, v, torch.tensor([0, 4], dtype=torch.int32), 4)
+    assert str(caught.value) == (
+        "torch's varlen attention takes float16 and bfloat16, not float32; PerDocument takes any dtype"
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "backend"),
+    [
+        (torch.bfloat16, (9, 0), TorchVarlen),
+        (torch.float16, (8, 0), TorchVarlen),
+        (torch.float16, (7, 5), PerDocument),
+        (torch.float32, (9, 0), PerDocument),
+    ],
+)
+def test_the_gpu_chooses_the_backend(
+    dtype: torch.dtype, capability: tuple[int, int], backend: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert type(plain_backend.__wrapped__(torch.device("cuda"), dtype)) is backend
+
+
 def test_backend_is_resolved_once() -> None:
-    assert _backend("cuda", torch.float16) is _backend("cuda", torch.float16)
-    assert _backend("cuda", torch.float32) is _backend("cpu", torch.bfloat16)
+    cpu = torch.device("cpu")
+    assert plain_backend(cpu, torch.float16) is plain_backend(cpu, torch.float16)
+    assert isinstance(plain_backend(cpu, torch.bfloat16), PerDocument)

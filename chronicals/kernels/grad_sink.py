@@ -1,0 +1,104 @@
+"""Where a weight's gradient goes: into buffers of our own, or back to autograd.
+
+Whoever computes a weight gradient by hand (projections, norms, the loss head) asks the model's one sink, chosen when
+the model is built:
+
+    buffer, add = sink.open(parameter)
+    matmul_into(buffer, add, d_out.t(), x)      # or vector_into, for norms and biases
+    return sink.close(parameter, buffer)        # what the autograd function returns for the parameter
+
+`InPlace` writes float32 or bf16 buffers directly: a float32 gradient cannot live in the `.grad` of a bf16 parameter,
+and nothing is copied or zeroed. `Autograd` returns the gradient, so that the hooks of DDP and FSDP2 fire; under
+`InPlace` they fire too, with None, and each rank would train alone without a word. Hence it is refused there.
+Nothing may drain, check or count gradients in a parameter hook under `InPlace`: read the buffers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class GradSink(Protocol):
+    def start(self) -> None:
+        """A new micro-batch begins; the decoder's forward calls it."""
+
+    def open(self, parameter: Tensor) -> tuple[Tensor, bool]:
+        """Where to write the gradient, in the parameter's shape, and whether to add to what is there."""
+
+    def close(self, parameter: Tensor, buffer: Tensor) -> Tensor | None:
+        """The gradient is written; what the autograd function returns for the parameter."""
+
+
+class InPlace:
+    """Gradients go into `buffers`, and autograd gets None.
+
+    A parameter written twice in a micro-batch (tied embeddings: the head writes, the embedding adds) is added to the
+    second time; with `accumulate` also the first, and whoever owns the buffers zeroes them once a step.
+
+    Args:
+        buffers: parameter -> its buffer, of its shape, float32 or the parameter's dtype; float32 where `accumulate`.
+        accumulate: a step has several micro-batches.
+
+    Raises:
+        ValueError: there are several processes (WORLD_SIZE), whose gradients nobody would reduce.
+    """
+
+    def __init__(self, buffers: Mapping[Tensor, Tensor], *, accumulate: bool) -> None:
+        world = os.environ.get("WORLD_SIZE", "1")
+        if world != "1":
+            raise ValueError(f"gradients in place are for one process, WORLD_SIZE is {world}; use the Autograd sink")
+        for parameter, buffer in buffers.items():
+            assert buffer.shape == parameter.shape, f"a buffer {tuple(buffer.shape)} for {tuple(parameter.shape)}"
+            assert buffer.dtype == torch.float32 or not accumulate, f"many micro-batches add up in {buffer.dtype}"
+        self.buffers, self.accumulate = buffers, accumulate
+        self.written: set[Tensor] = set()  # this micro-batch
+
+    def start(self) -> None:
+        self.written.clear()
+
+    def open(self, parameter: Tensor) -> tuple[Tensor, bool]:
+        add = self.accumulate or parameter in self.written
+        self.written.add(parameter)
+        return self.buffers[parameter], add
+
+    def close(self, parameter: Tensor, buffer: Tensor) -> None:
+        return None
+
+
+class Autograd:
+    """Gradients are new tensors of the parameter's `grad_dtype`, which autograd adds up and hands to its hooks."""
+
+    def start(self) -> None:
+        pass
+
+    def open(self, parameter: Tensor) -> tuple[Tensor, bool]:
+        return torch.empty_like(parameter, dtype=getattr(parameter, "grad_dtype", None) or parameter.dtype), False
+
+    def close(self, parameter: Tensor, buffer: Tensor) -> Tensor:
+        return buffer
+
+
+def matmul_into(buffer: Tensor, add: bool, left: Tensor, right: Tensor) -> None:
+    """`buffer = left @ right`, or `+=` where `add`. (M, N), (M, K), (K, N).
+
+    A float32 buffer takes half precision operands without rounding in between: on CUDA inside the matmul, elsewhere
+    by widening them.
+    """
+    if buffer.dtype != left.dtype and not buffer.is_cuda:
+        left, right = left.to(buffer.dtype), right.to(buffer.dtype)
+    if buffer.dtype == left.dtype:
+        torch.addmm(buffer, left, right, out=buffer) if add else torch.mm(left, right, out=buffer)
+    elif add:
+        torch.addmm(buffer, left, right, out_dtype=buffer.dtype, out=buffer)
+    else:
+        torch.mm(left, right, out_dtype=buffer.dtype, out=buffer)
+
+
+def vector_into(buffer: Tensor, add: bool, gradient: Tensor) -> None:
+    """`buffer = gradient`, or `+=` where `add`; `gradient` was reduced in float32."""
+    buffer.add_(gradient) if add else buffer.copy_(gradient)

@@ -1,0 +1,92 @@
+"""Both sinks give the same gradients; tied weights, accumulation, and the dtypes between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from chronicals.kernels.grad_sink import Autograd, GradSink, InPlace, matmul_into, vector_into
+from tests.kernels.numerics import nan_filled_memory, relative_error
+
+
+class Linear(torch.autograd.Function):
+    """x W^T + b with a gradient written by hand, as layer halves do it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, sink: GradSink) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.sink = sink
+        return x @ weight.t() + bias
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        buffer, add = ctx.sink.open(weight)
+        matmul_into(buffer, add, dy.t(), x)
+        d_weight = ctx.sink.close(weight, buffer)
+        buffer, add = ctx.sink.open(bias)
+        vector_into(buffer, add, dy.float().sum(0))
+        return dy @ weight, d_weight, ctx.sink.close(bias, buffer), None
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> tuple[nn.Parameter, nn.Parameter]:
+    torch.manual_seed(0)
+    return nn.Parameter(torch.randn(6, 6, dtype=dtype)), nn.Parameter(torch.randn(6, dtype=dtype))
+
+
+def train(sink: GradSink, weight: Tensor, bias: Tensor, *, tied: bool, micro_batches: int) -> None:
+    for i in range(micro_batches):
+        x = torch.randn(9, 6, generator=torch.Generator().manual_seed(i)).to(weight.dtype)
+        sink.start()
+        out = Linear.apply(x, weight, bias, sink)
+        if tied:
+            out = Linear.apply(out, weight, bias, sink)
+        out.square().sum().backward()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_both_sinks_agree(tied: bool, micro_batches: int) -> None:
+    theirs, ours = parameters(), parameters()
+    train(Autograd(), *theirs, tied=tied, micro_batches=micro_batches)
+    with nan_filled_memory():
+        buffers = {parameter: torch.empty_like(parameter, requires_grad=False) for parameter in ours}
+    if micro_batches > 1:
+        for buffer in buffers.values():
+            buffer.zero_()
+    train(InPlace(buffers, accumulate=micro_batches > 1), *ours, tied=tied, micro_batches=micro_batches)
+    for mine, its in zip(ours, theirs, strict=True):
+        assert mine.grad is None
+        assert its.grad is not None
+        assert relative_error(buffers[mine], its.grad) < 1e-6
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_bfloat16_operands_add_up_in_float32(add: bool) -> None:
+    left, right = torch.randn(5, 40).bfloat16(), torch.randn(40, 7).bfloat16()
+    buffer = torch.ones(5, 7) if add else torch.full((5, 7), float("nan"))
+    matmul_into(buffer, add, left, right)
+    assert relative_error(buffer, left.double() @ right.double() + (1.0 if add else 0.0)) < 1e-6
+
+
+def test_autograd_gives_the_dtype_that_the_parameter_asks_for() -> None:
+    weight, _ = parameters(torch.bfloat16)
+    assert Autograd().open(weight)[0].dtype == torch.bfloat16
+    weight.grad_dtype = torch.float32  # type: ignore[attr-defined]
+    assert Autograd().open(weight)[0].dtype == torch.float32
+
+
+def test_in_place_refuses_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError) as caught:
+        InPlace({}, accumulate=False)
+    assert str(caught.value) == "gradients in place are for one process, WORLD_SIZE is 2; use the Autograd sink"
+
+
+def test_many_micro_batches_need_float32() -> None:
+    weight, _ = parameters(torch.bfloat16)
+    with pytest.raises(AssertionError, match=r"add up in torch\.bfloat16"):
+        InPlace({weight: torch.zeros_like(weight)}, accumulate=True)
