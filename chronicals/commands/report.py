@@ -9,18 +9,14 @@ from __future__ import annotations
 import io
 import json
 import math
-import platform
 import statistics
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from chronicals import __version__
-from chronicals.commands.welcome import device
 from chronicals.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -83,7 +79,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         figures=figures(steps, evals),
         tables=[
             ("Evaluations", evaluation_rows(evals)),
-            ("Environment, where this report was written", environment_rows()),
+            ("Environment", environment_rows(run)),
         ],
         config=config or "config.yaml is missing",
     )
@@ -268,17 +264,17 @@ def subtitle(config: dict[str, Any], run: Path) -> str:
     return " · ".join(part for part in (str(config.get("base_model") or ""), data, day) if part)
 
 
-def environment_rows() -> list[tuple[str, str]]:
-    """(name, value) pairs of this machine: device, system and the versions of what computes."""
-    versions = [(name, metadata.version(name)) for name in ("torch", "transformers", "tokenizers", "datasets")]
-    system = f"{platform.system()} {platform.release()}, {platform.machine()}"
-    return [
-        ("device", device()),
-        ("system", system),
-        ("Python", platform.python_version()),
-        ("chronicals", __version__),
-        *versions,
-    ]
+def environment_rows(run: Path) -> list[tuple[str, str]]:
+    """(name, value) pairs of where the run computed, as its final model or newest checkpoint tells."""
+    checkpoints = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
+    for file in (run / "trainer_state.json", *reversed(checkpoints)):
+        try:
+            state = json.loads(file.read_bytes()) if file.is_file() else {}
+        except ValueError as error:
+            raise UserError(f"not JSON: {error}", "repair it or remove it", file=file) from error
+        if environment := state.get("environment"):
+            return list(environment.items())
+    return [("not known", "it is told with the first checkpoint")]
 
 
 def evaluation_rows(evals: Rows) -> list[tuple[str, ...]]:

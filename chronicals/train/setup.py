@@ -31,6 +31,7 @@ from chronicals.optim.groups import decay_names
 from chronicals.optim.schedules import Schedule
 from chronicals.train.checkpoint import STATE_FILE, Checkpoints, Parts, checkpoint_bytes, read_checkpoint, restore
 from chronicals.train.display import gib
+from chronicals.train.environment import environment
 from chronicals.train.gradients import Gradients
 from chronicals.train.guard import Guard
 from chronicals.train.plan import Plan
@@ -90,6 +91,7 @@ class Run:
             "progress": self.state.to_dict(),
             "identity": self.identity,
             "settings": told(self.config),
+            "environment": environment(self.start.device),
         }
 
 

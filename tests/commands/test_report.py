@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -147,6 +148,21 @@ def test_values_that_are_not_finite_leave_a_gap(run: Path) -> None:
     assert "nan" not in re.sub(r"<svg.*?</svg>|finance", "", (run / "report.html").read_text().lower(), flags=re.DOTALL)
     assert "not finite" in shown.text
     assert curve([train_row(1), train_row(2, loss=math.nan)], "loss") == ([1], [3.9])
+
+
+def test_the_environment_is_the_runs_not_the_readers(run: Path) -> None:
+    assert "Environment not known it is told with the first checkpoint" in page(run).text
+    for step, device in ((5, "CPU of old"), (10, "NVIDIA H100")):
+        folder = run / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"environment": {"device": device, "torch": "2.12.0"}}))
+        os.utime(folder / "trainer_state.json", (step, step))
+    assert "device NVIDIA H100 torch 2.12.0" in page(run).text
+    (run / "trainer_state.json").write_text(json.dumps({"environment": {"device": "NVIDIA B200"}}))
+    assert "Environment device NVIDIA B200" in page(run).text
+    (run / "trainer_state.json").write_text("{")
+    with pytest.raises(UserError, match=r"trainer_state\.json: not JSON: .*; repair it or remove it"):
+        write_report(run)
 
 
 def test_a_run_without_config(run: Path) -> None:

@@ -50,6 +50,14 @@ def test_what_is_in_it(finished: Path) -> None:
     assert "lm_head.weight" in weights
 
 
+def test_it_tells_where_it_was_made(finished: Path) -> None:
+    for folder in (finished / "out", finished / "out" / "checkpoint-4"):
+        told = json.loads((folder / "trainer_state.json").read_text())["environment"]
+        assert told["device"].startswith("CPU, ")
+        assert (told["torch"], told["transformers"]) == (torch.__version__, transformers.__version__)
+        assert told.keys() >= {"system", "Python", "chronicals", "tokenizers", "datasets"}
+
+
 def test_masters_are_saved_with_16_bit_weights(folder: Path) -> None:
     helpers.run(helpers.make_config(folder, max_steps=1, bf16=True))
     saved = folder / "out" / "checkpoint-1"
