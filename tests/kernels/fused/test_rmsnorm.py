@@ -1,0 +1,84 @@
+"""The fused RMS norm compiles for every GPU we promise, in every configuration, within its shared memory, unspilled."""
+
+from __future__ import annotations
+
+import pytest
+
+from chronicals.kernels.fused import rmsnorm as fused
+from tests.kernels.aot import compile_all
+
+FORWARD = {
+    **dict.fromkeys(("X", "DELTA", "SUM", "Y", "WEIGHT"), "*bf16"),
+    "RSTD": "*fp32",
+    "rows": "i32",
+    **dict.fromkeys(("hidden", "x_stride", "x_head", "delta_stride", "sum_stride", "y_stride", "y_head"), "i32:16"),
+}
+BACKWARD = {
+    **dict.fromkeys(("DY", "X", "WEIGHT", "D_RESIDUAL", "DX"), "*bf16"),
+    **dict.fromkeys(("RSTD", "PARTIAL"), "*fp32"),
+    "rows": "i32",
+    **dict.fromkeys(
+        ("hidden", "dy_stride", "dy_head", "x_stride", "x_head", "residual_stride", "dx_stride", "dx_head"), "i32:16"
+    ),
+}
+HEADS_UP_TO = 256  # a tile this narrow holds heads, which have no residual
+
+
+def without(signature: dict[str, str], *pointers: str) -> tuple[dict[str, str], dict[str, None]]:
+    return {name: kind for name, kind in signature.items() if name not in pointers}, dict.fromkeys(pointers)
+
+
+@pytest.mark.parametrize("block", fused.FORWARD)
+def test_forward_compiles(block: int) -> None:
+    heads = block <= HEADS_UP_TO
+    config = fused.FORWARD[block]
+    signature, absent = without(FORWARD, *(("DELTA", "SUM") if heads else ()))
+    flags = {"EPS": 1e-6, "OFFSET": 0.0, "HEADS": 14 if heads else 1, "KNOWN": False}
+    compiled = compile_all(
+        fused.rmsnorm_forward_kernel,
+        signature,
+        {**absent, **flags, "ROWS": config.rows, "BLOCK": block},
+        num_warps=config.warps,
+    )
+    assert not any(one.stack for one in compiled.values())
+    assert "ld.global.v4" in compiled["sm_90"].assembly
+
+
+@pytest.mark.parametrize("block", fused.BACKWARD)
+def test_backward_compiles(block: int) -> None:
+    heads = block <= HEADS_UP_TO
+    config = fused.BACKWARD[block]
+    signature, absent = without(BACKWARD, *(("D_RESIDUAL",) if heads else ()))
+    compiled = compile_all(
+        fused.rmsnorm_backward_kernel,
+        signature,
+        {
+            **absent,
+            "OFFSET": 0.0,
+            "HEADS": 14 if heads else 1,
+            "ROWS": config.rows,
+            "BLOCK": block,
+            "STAGES": config.stages,
+        },
+        num_warps=config.warps,
+    )
+    assert not any(one.stack for one in compiled.values())
+    assert "ld.global.v4" in compiled["sm_90"].assembly
+
+
+def test_the_other_forms_compile() -> None:
+    """Recomputing, in float32 and unaligned; and the sum of the partial gradients."""
+    config = fused.FORWARD[1024]
+    signature, absent = without(FORWARD, "DELTA", "SUM")
+    compile_all(
+        fused.rmsnorm_forward_kernel,
+        {name: kind.replace("*bf16", "*fp32:1").replace("i32:16", "i32") for name, kind in signature.items()},
+        {**absent, "EPS": 0.0, "OFFSET": 1.0, "HEADS": 1, "KNOWN": True, "ROWS": config.rows, "BLOCK": 1024},
+        num_warps=config.warps,
+    )
+    compile_all(
+        fused.reduce_partials_kernel,
+        {"PARTIAL": "*fp32", "OUT": "*bf16", "programs": "i32", "hidden": "i32:16"},
+        {"ROWS": fused.REDUCE.rows, "BLOCK": fused.REDUCE_BLOCK},
+        num_warps=fused.REDUCE.warps,
+    )
