@@ -19,15 +19,14 @@ Left out: class weights, a bias. The math in full: docs/math/linear-cross-entrop
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from chronicals.kernels.grad_sink import GradSink
+from chronicals.kernels.grad_sink import GradSink, vector_into
 
 IGNORE_INDEX = -100
 CHUNK_ROWS = 4096
@@ -140,10 +139,7 @@ def _hand_over(dweight: Tensor | None, weight: Tensor, sink: GradSink | None) ->
         dweight = dweight.to(weight.dtype)
         return dweight, dweight
     buffer, add = sink.open(weight)
-    if add:
-        buffer.add_(dweight)
-    else:
-        buffer.copy_(dweight)
+    vector_into(buffer, add, dweight)
     return buffer, sink.close(weight, buffer)
 
 

@@ -194,12 +194,15 @@ def _write_dlogits(
 def _loss(
     target: tl.tensor,
     vocab: tl.tensor,
-    lse: tl.tensor,
+    lse2: tl.tensor,
     linear: tl.tensor,
     Z_LOSS: tl.constexpr,
 ) -> tl.tensor:
-    """A row's loss; 0 where there is no target, NaN for one that no vocabulary has, so that the guard stops the run."""
-    loss = tl.where((target >= 0) & (target < vocab), lse + Z_LOSS * lse * lse - linear, float("nan"))
+    """A row's loss from its log-sum-exp and what is linear in z, both in units of log 2; 0 where there is no target, NaN for one that no vocabulary has, so that the guard stops the run."""
+    loss = (lse2 - linear) * LN2  # subtracted first: exactly 0 where the target has all the probability
+    if Z_LOSS != 0.0:
+        loss += (Z_LOSS * LN2 * LN2) * (lse2 * lse2)
+    loss = tl.where((target >= 0) & (target < vocab), loss, float("nan"))
     return tl.where(target == IGNORE, 0.0, loss)
 
 
@@ -229,7 +232,7 @@ def cross_entropy_kernel(
     linear = (1.0 - SMOOTHING) * _scaled(x_target, SOFTCAP, LOGIT_SCALE)
     if SMOOTHING != 0.0:
         linear += z_sum * (SMOOTHING / vocab)
-    tl.store(LOSS + row, _loss(target, vocab, lse2 * LN2, linear * LN2, Z_LOSS))
+    tl.store(LOSS + row, _loss(target, vocab, lse2, linear, Z_LOSS))
     scale = tl.where(target == IGNORE, 0.0, tl.load(SCALE) * LOGIT_SCALE)
     _write_dlogits(ROW, vocab, target, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, LANES, VEC, STAGES)
 
@@ -268,11 +271,11 @@ def losses_kernel(
     linear = tl.where(here, (1.0 - SMOOTHING) * _scaled(x_target, SOFTCAP, LOGIT_SCALE), 0.0)
     if SMOOTHING != 0.0:
         linear += z_sum * (SMOOTHING / vocab)
-    linear = linear * LN2 + tl.load(LOSS + row, mask=start > 0, other=0.0)
+    linear += tl.load(LOSS + row, mask=start > 0, other=0.0)
     if start + width == vocab:
-        lse = (highest + tl.log2(total)) * LN2
-        tl.store(LSE + row, lse)
-        tl.store(LOSS + row, _loss(target, vocab, lse, linear, Z_LOSS))
+        lse2 = highest + tl.log2(total)
+        tl.store(LSE + row, lse2 * LN2)
+        tl.store(LOSS + row, _loss(target, vocab, lse2, linear, Z_LOSS))
     else:
         tl.store(PEAK + row, highest)
         tl.store(TOTAL + row, total)

@@ -24,7 +24,7 @@ Left out: skipping negligible tiles (see cross_entropy_rows.py), class weights, 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,10 +39,8 @@ from chronicals.kernels.fused.cross_entropy_rows import (
     losses_of_block,
 )
 from chronicals.kernels.fused.supervised_rows import gather_rows, scale_, scatter_rows
+from chronicals.kernels.grad_sink import GradSink, matmul_into
 from chronicals.kernels.linear_cross_entropy import check_arguments
-
-if TYPE_CHECKING:
-    from chronicals.kernels.grad_sink import GradSink
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_ROWS = 4096  # below that, matmuls with a small H fall off and dW is re-read often
@@ -116,15 +114,6 @@ def _by_free_memory(
         if needed <= (1 - KEPT_FREE) * free:
             return plan
     return Plan.frugal(rows, vocab, itemsize)
-
-
-def matmul_into(buffer: Tensor, add: bool, left: Tensor, right: Tensor) -> None:
-    """`buffer (+)= left @ right`, without a rounding between the product and a float32 buffer."""
-    wider = {} if buffer.dtype == left.dtype else {"out_dtype": buffer.dtype}
-    if add:
-        torch.addmm(buffer, left, right, out=buffer, **wider)
-    else:
-        torch.mm(left, right, out=buffer, **wider)
 
 
 def _logits_buffer(rows: int, columns: int, weight: Tensor) -> Tensor:
