@@ -51,6 +51,7 @@ class Case:
     ours: Arm
     peers: Mapping[str, Arm] = field(default_factory=dict)  # "eager", "liger", ...; left out where not installed
     matmuls: Sequence[tuple[int, int, int]] = ()
+    flops: int = 0  # where given, the achieved FLOP/s are told
     target: float | None = 0.9  # of the floor's speed that must be reached; None: no target
     claim: float | None = None  # the mission's ratio to eager
     extra_bytes: int | None = None  # of memory beside inputs and outputs that the op may use

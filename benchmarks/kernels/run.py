@@ -80,6 +80,7 @@ def _numbers(case: Case, matmul_seconds: dict[tuple[int, int, int], float]) -> d
         "copy_seconds": copy.median,
         "floor_seconds": floor,
         "bytes_per_second": case.bytes / ours,
+        "flops_per_second": case.flops / ours,
         "of_floor": floor / ours,
         "target": case.target,
         "ratios": ratios,
@@ -99,6 +100,7 @@ def told(row: dict[str, Any]) -> str:
     line = f"{name} {1e6 * ours['median']:9.1f} us ({1e6 * ours['least']:.1f}-{1e6 * ours['most']:.1f})"
     line += f" {row['bytes_per_second'] / 1e12:5.2f} TB/s  floor {row['of_floor']:6.1%}"
     line += "" if row["target"] is None else f" (target {row['target']:.1%})"
+    line += f"  {row['flops_per_second'] / 1e12:.0f} TFLOP/s" if row["flops_per_second"] else ""
     for peer, ratio in row["ratios"].items():
         line += f"  {peer} {ratio:.2f}x"
         if peer == "eager" and row["claim"] is not None:
