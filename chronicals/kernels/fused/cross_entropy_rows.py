@@ -198,7 +198,10 @@ def _loss(
     linear: tl.tensor,
     Z_LOSS: tl.constexpr,
 ) -> tl.tensor:
-    """A row's loss from its log-sum-exp and what is linear in z, both in units of log 2; 0 where there is no target, NaN for one that no vocabulary has, so that the guard stops the run."""
+    """A row's loss from its log-sum-exp and what is linear in z, both in units of log 2.
+
+    0 where there is no target, NaN for one that no vocabulary has, so that the guard stops the run.
+    """
     loss = (lse2 - linear) * LN2  # subtracted first: exactly 0 where the target has all the probability
     if Z_LOSS != 0.0:
         loss += (Z_LOSS * LN2 * LN2) * (lse2 * lse2)
