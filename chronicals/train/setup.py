@@ -34,6 +34,7 @@ from chronicals.train.display import gib
 from chronicals.train.environment import environment
 from chronicals.train.gradients import Gradients
 from chronicals.train.guard import Guard
+from chronicals.train.lock import LOCK_FILE
 from chronicals.train.plan import Plan
 from chronicals.train.precision import resolve_device, resolve_dtype
 from chronicals.train.state import RunState, check_identity, identity, load_state, told, told_changes
@@ -113,7 +114,8 @@ def check_start(config: TrainConfig) -> Start:
     if wish and wish != "auto" and not Path(wish).is_dir():
         raise UserError(f"resume_from_checkpoint: there is no folder {wish}", "give a checkpoint-N folder, or auto")
     inside = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
-    if wish != "auto" and not inside and output_dir.is_dir() and any(output_dir.iterdir()):
+    content = {path.name for path in output_dir.iterdir()} - {LOCK_FILE} if output_dir.is_dir() else set()
+    if wish != "auto" and not inside and content:
         raise UserError(
             f"output_dir {output_dir} is not empty",
             "resume_from_checkpoint: auto goes on from it, or choose another output_dir",
@@ -122,7 +124,8 @@ def check_start(config: TrainConfig) -> Start:
 
 
 def load_data(config: TrainConfig, *, progress: bool) -> Data:
-    """Tokenise, pack, and count the steps."""
+    """Tokenise, pack, and count the steps. A model that cannot be trained is told first: data may take an hour."""
+    load_config(_base_folder(config))
     chat = load_tokenizer(config)
     prepared = prepare(config, chat, progress=progress)
     loader = partial(

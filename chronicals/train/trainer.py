@@ -24,9 +24,10 @@ from chronicals.train import setup
 from chronicals.train.checkpoint import STATE_FILE, try_save, write_final
 from chronicals.train.display import Display
 from chronicals.train.evaluate import evaluate
+from chronicals.train.lock import held
 from chronicals.train.metrics import Meter, MetricsFile, Row
 from chronicals.train.precision import out_of_memory_explained, reproducible
-from chronicals.train.setup import Run
+from chronicals.train.setup import Run, Start
 from chronicals.train.signals import StopSignals
 from chronicals.train.state import RunState
 from chronicals.train.step import to_device, train_step
@@ -75,21 +76,27 @@ class Trainer:
         config = self.config
         start = setup.check_start(config)
         loggers.wanted(config)  # a library that is missing is told now
-        with reproducible(config.seed, start.device, deterministic=config.deterministic), out_of_memory_explained():
-            data = setup.load_data(config, progress=self.console.is_terminal)
-            display = Display(self.console, data.plan.total_steps)
-            finished = setup.is_finished(config, start, data.plan)
-            if finished:
-                display.say(f"the run in {start.output_dir} is already finished: {finished.step} steps")
-                return _result("already finished", finished, start.output_dir)
-            run = setup.build(config, start, data)
-            display.header(setup.header(run), config.chosen, [*config.notes, *data.prepared.report.lines(), *run.notes])
-            setup.check_disk(run)
-            with StopSignals() as signals:
-                try_save(start.output_dir, run.parts())
-                if dry_run:
-                    return _result("dry run", run.state, start.output_dir)
-                return Training(run, display, signals).run_to_the_end()
+        exact = reproducible(config.seed, start.device, deterministic=config.deterministic)
+        with held(start.output_dir), exact, out_of_memory_explained():
+            return self._train(start, dry_run)
+
+    def _train(self, start: Start, dry_run: bool) -> TrainResult:
+        config = self.config
+        data = setup.load_data(config, progress=self.console.is_terminal)
+        display = Display(self.console, data.plan.total_steps)
+        finished = setup.is_finished(config, start, data.plan)
+        if finished:
+            display.say(f"the run in {start.output_dir} is already finished: {finished.step} steps")
+            return _result("already finished", finished, start.output_dir)
+        run = setup.build(config, start, data)
+        display.header(setup.header(run), config.chosen, [*config.notes, *data.prepared.report.lines(), *run.notes])
+        setup.check_disk(run)
+        with StopSignals() as signals:
+            try_save(start.output_dir, run.parts())
+            if dry_run:
+                display.say("dry run: everything is ready for step 1; nothing was kept but the prepared data")
+                return _result("dry run", run.state, start.output_dir)
+            return Training(run, display, signals).run_to_the_end()
 
 
 class Training:

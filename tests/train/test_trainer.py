@@ -193,7 +193,22 @@ def refusal(folder: Path, **values: Any) -> str:
 
 def test_output_dir_that_cannot_be_written(folder: Path) -> None:
     message = refusal(folder, output_dir=str(folder / "chats.jsonl" / "out"))
-    assert "cannot save: Not a directory; free space or choose another output_dir" in message
+    assert message == (
+        f"cannot write to output_dir {folder}/chats.jsonl/out: Not a directory; choose another output_dir"
+    )
+
+
+def test_a_model_that_cannot_be_trained_is_told_before_the_data_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.setup, "load_tokenizer", lambda config: pytest.fail("too late"))
+    other = folder / "other"
+    other.mkdir()
+    assert refusal(folder, base_model=str(other)).startswith(f"{other} has no config.json; ")
+    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    message = refusal(folder, base_model=str(other))
+    assert message.startswith(f"{other}/config.json: model_type 'gpt2' is not supported; ")
+    assert not (folder / "out").exists()
 
 
 def test_generation_config_that_is_not_json(folder: Path) -> None:
