@@ -5,7 +5,7 @@ A checkpoint is a model folder (weights, config.json, generation_config.json, to
     optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>, master.<name> under Hugging Face names, and step_count;
                             sharded when large
     rng.safetensors         random state of torch
-    trainer_state.json      progress, what may not change, the size of every file, the digest of every weight
+    trainer_state.json      progress, what may not change, the size of every file, the digest of every tensor
     config.yaml             as run
 
 It is written into `checkpoint-N.tmp`, each file and folder is forced to disk, the weights are read back and compared
@@ -141,19 +141,18 @@ def write_model(folder: Path, parts: Parts) -> dict[str, str]:
 
 def try_save(output_dir: Path, parts: Parts) -> None:
     """Save the model and throw it away: what would fail after hours of training fails before the first step."""
-    try:
-        with aside(output_dir / _TEST_SAVE) as folder:
-            write_model(folder, parts)
-    finally:
-        if output_dir.is_dir() and not any(output_dir.iterdir()):
-            output_dir.rmdir()
+    with aside(output_dir / _TEST_SAVE) as folder:
+        write_model(folder, parts)
 
 
 def write_checkpoint(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
     """Everything, on disk when this returns."""
     digests = write_model(folder, parts)
     _write_optimizer(folder, parts)
-    save_file(_rng(), folder / "rng.safetensors")
+    rng = _rng()
+    save_file(rng, folder / "rng.safetensors")
+    digests |= {name: _hex([tensor])[0] for name, tensor in _optimizer_views(parts.model, parts.optimizer)}
+    digests |= {f"rng.{name}": _hex([tensor])[0] for name, tensor in rng.items()}
     write_state(folder, state, digests)
 
 
@@ -199,18 +198,25 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 def restore(folder: Path, state: dict[str, Any], model: Decoder, optimizer: OptimizerState) -> None:
     """Fill the optimizer and torch's random state; `model` was loaded from `folder` and is compared with what was
     saved."""
-    for name, weight in hf_views(model, dict(model.named_parameters())):
-        if _hex([weight])[0] != state["digests"].get(name):
+
+    def compare(name: str, tensor: Tensor) -> None:
+        if _hex([tensor])[0] != state["digests"].get(name):
             raise UserError(f"the checkpoint is damaged: {name} is not what was saved", DAMAGED_MEND, file=folder)
+
+    for name, weight in hf_views(model, dict(model.named_parameters())):
+        compare(name, weight)
     waiting = dict(_optimizer_views(model, optimizer))
     for name, saved in _read(sorted(folder.glob("optimizer*.safetensors"))):
         target = waiting.pop(name, None)
         if target is None or target.shape != saved.shape:
             raise UserError(f"the checkpoint does not fit the model: {name}", DAMAGED_MEND, file=folder)
+        compare(name, saved)
         target.copy_(saved)
     if waiting:
         raise UserError(f"the checkpoint is damaged: {next(iter(waiting))} is missing", DAMAGED_MEND, file=folder)
     rng = dict(_read([folder / "rng.safetensors"]))
+    for name, saved in rng.items():
+        compare(f"rng.{name}", saved)
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"])

@@ -244,14 +244,15 @@ def test_truncated_and_missing_files(stopped_run: Path, copy: Path, file: str) -
     assert refusal(stopped_run, copy) == expected
 
 
-def test_one_flipped_bit_of_a_weight(stopped_run: Path, copy: Path) -> None:
-    path = copy / "out" / "checkpoint-2" / "model.safetensors"
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
+def test_one_flipped_bit(stopped_run: Path, copy: Path, file: str) -> None:
+    path = copy / "out" / "checkpoint-2" / file
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     message = refusal(stopped_run, copy)
-    assert message.startswith("out/checkpoint-2: the checkpoint is damaged: model.")
-    assert f" is not what was saved; {OLDER}" in message
+    assert message.startswith("out/checkpoint-2: the checkpoint is damaged: ")
+    assert message.endswith(f" is not what was saved; {OLDER}")
 
 
 def test_unreadable_optimizer_state(stopped_run: Path, copy: Path) -> None:
