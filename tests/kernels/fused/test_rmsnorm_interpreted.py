@@ -1,4 +1,4 @@
-"""The fused RMS norm under the interpreter: against the float64 reference, at ragged sizes, in place, in wider buffers."""
+"""The fused RMS norm, interpreted: against the float64 reference, at ragged sizes, in place, in wider buffers."""
 
 from __future__ import annotations
 

@@ -1,0 +1,199 @@
+"""RMSNorm against a copy: plain, with the residual add, rebuilt in the backward pass, and per head in a packed buffer.
+
+Eager is the plain op, which casts as transformers' LlamaRMSNorm does. Bytes count each tensor once: the partial sums of
+the weight's gradient are ours to hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.harness import Arm, Call, Case, assert_no_worse, installed
+from chronicals.kernels.rmsnorm import rmsnorm, rmsnorm_reference
+
+EPS = 1e-6
+SHAPES = [(16384, 896), (8192, 4096), (16384, 5120)]
+HEADS = (32, 8, 128)  # query and key heads and their width: Qwen3-8B
+CLAIM = 7.0
+
+Tensors = dict[str, Tensor]
+Make = Callable[[], Tensors]
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def make(rows: int, hidden: int) -> Tensors:
+    names = ("x", "delta", "d_total", "d_normed")
+    return {name: random(rows, hidden) for name in names} | {"weight": random(hidden)}
+
+
+def ours_forward(t: Tensors) -> Tensors:
+    from chronicals.kernels.fused.rmsnorm import rmsnorm_forward
+
+    return {"y": rmsnorm_forward(t["x"], t["weight"], EPS)[0]}
+
+
+def ours_add_forward(t: Tensors) -> Tensors:
+    from chronicals.kernels.fused.rmsnorm import add_rmsnorm_forward
+
+    total, y, _ = add_rmsnorm_forward(t["x"], t["delta"], t["weight"], EPS)
+    return {"total": total, "y": y}
+
+
+def ours_recompute(t: Tensors) -> Tensors:
+    from chronicals.kernels.fused.rmsnorm import rmsnorm_recompute
+
+    return {"y": rmsnorm_recompute(t["x"], t["rstd"], t["weight"])}
+
+
+def ours_backward(t: Tensors) -> Tensors:
+    from chronicals.kernels.fused.rmsnorm import reduce_partials, rmsnorm_backward
+
+    dx, partial = rmsnorm_backward(t["d_normed"], t["x"], t["rstd"], t["weight"], d_residual=t.get("d_total"))
+    assert partial is not None
+    return {"dx": dx, "d_weight": reduce_partials(partial, torch.bfloat16)}
+
+
+def with_rstd(t: Tensors, *, residual: bool) -> Tensors:
+    """What the backward pass is given: x is the sum already."""
+    from chronicals.kernels.fused.rmsnorm import rmsnorm_forward
+
+    t = t if residual else {name: tensor for name, tensor in t.items() if name != "d_total"}
+    return t | {"rstd": rmsnorm_forward(t["x"], t["weight"], EPS)[1]}
+
+
+def qk_views(t: Tensors) -> tuple[Tensor, Tensor]:
+    queries, keys, width = HEADS
+    q, k, _ = t["qkv"].unflatten(1, (-1, width)).split((queries, keys, keys), dim=1)
+    return q, k
+
+
+def ours_qk(t: Tensors) -> Tensors:
+    from chronicals.kernels.fused.rmsnorm import rmsnorm_forward
+
+    q, k = qk_views(t)
+    return {"q": rmsnorm_forward(q, t["weight"], EPS)[0], "k": rmsnorm_forward(k, t["weight"], EPS)[0]}
+
+
+def make_qk(rows: int) -> Tensors:
+    queries, keys, width = HEADS
+    return {"qkv": random(rows, (queries + 2 * keys) * width), "weight": random(width)}
+
+
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def plain_forward(t: Tensors, norm: Norm) -> Tensors:
+    return {"y": norm(t["x"], t["weight"], EPS)}
+
+
+def plain_add_forward(t: Tensors, norm: Norm) -> Tensors:
+    total = t["x"] + t["delta"]
+    if total.dtype == torch.float64:  # the exact norm is that of the rounded sum, which is what both ops return
+        total = total.bfloat16().double()
+    return {"total": total, "y": norm(total, t["weight"], EPS)}
+
+
+def plain_qk(t: Tensors, norm: Norm) -> Tensors:
+    q, k = qk_views(t)
+    return {"q": norm(q, t["weight"], EPS), "k": norm(k, t["weight"], EPS)}
+
+
+def plain_backward(t: Tensors, norm: Norm) -> Callable[[], Tensors]:
+    """The forward has run; calling gives the gradients, the residual's added by autograd."""
+    x, weight = t["x"].clone().requires_grad_(), t["weight"].clone().requires_grad_()
+    y = norm(x, weight, EPS)
+    outputs, upstream = [y], [t["d_normed"]]
+    if "d_total" in t:
+        outputs, upstream = [x.view_as(x), y], [t["d_total"], t["d_normed"]]
+
+    def call() -> Tensors:
+        dx, d_weight = torch.autograd.grad(outputs, (x, weight), upstream, retain_graph=True)
+        return {"dx": dx, "d_weight": d_weight}
+
+    return call
+
+
+def liger_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
+
+
+def arm(make: Make, op: Callable[[Tensors], Tensors]) -> Arm:
+    def prepared() -> Call:
+        tensors = make()
+        return lambda: tuple(op(tensors).values())
+
+    return prepared
+
+
+def backward_arm(make: Make, norm: Norm) -> Arm:
+    def prepared() -> Call:
+        call = plain_backward(make(), norm)
+        return lambda: tuple(call().values())
+
+    return prepared
+
+
+def forward_case(
+    op: str,
+    shape: str,
+    size: int,
+    make: Make,
+    ours: Callable[[Tensors], Tensors],
+    plain: Callable[[Tensors, Norm], Tensors],
+    claim: float | None = None,
+) -> Case:
+    def gate() -> None:
+        t = make()
+        exact = plain({name: tensor.double() for name, tensor in t.items()}, rmsnorm_reference)
+        assert_no_worse(ours(t), plain(t, rmsnorm), exact)
+
+    peers = {"eager": arm(make, lambda t: plain(t, rmsnorm))}
+    if installed("liger_kernel"):
+        peers["liger"] = arm(make, lambda t: plain(t, liger_norm))
+    return Case(op, shape, "forward", size, gate, arm(make, ours), peers, claim=claim)
+
+
+def backward_case(op: str, shape: str, size: int, make: Make) -> Case:
+    def gate() -> None:
+        t = make()
+        exact = plain_backward({name: tensor.double() for name, tensor in t.items()}, rmsnorm_reference)()
+        assert_no_worse(ours_backward(t), plain_backward(t, rmsnorm)(), exact)
+
+    peers = {"eager": backward_arm(make, rmsnorm)}
+    if installed("liger_kernel"):
+        peers["liger"] = backward_arm(make, liger_norm)
+    return Case(op, shape, "backward", size, gate, arm(make, ours_backward), peers, claim=CLAIM)
+
+
+def cases() -> Iterable[Case]:
+    for rows, hidden in SHAPES:
+        shape, unit, rstd, weight = f"{rows} x {hidden}", 2 * rows * hidden, 4 * rows, 2 * hidden
+
+        def inputs(rows: int = rows, hidden: int = hidden) -> Tensors:
+            return make(rows, hidden)
+
+        def saved(inputs: Make = inputs) -> Tensors:
+            return with_rstd(inputs(), residual=False)
+
+        def saved_with_residual(inputs: Make = inputs) -> Tensors:
+            return with_rstd(inputs(), residual=True)
+
+        yield forward_case("rmsnorm", shape, 2 * unit + rstd + weight, inputs, ours_forward, plain_forward, CLAIM)
+        yield backward_case("rmsnorm", shape, 3 * unit + rstd + 2 * weight, saved)
+        size = 4 * unit + rstd + weight
+        yield forward_case("add_rmsnorm", shape, size, inputs, ours_add_forward, plain_add_forward, CLAIM)
+        yield backward_case("add_rmsnorm", shape, 4 * unit + rstd + 2 * weight, saved_with_residual)
+        yield forward_case("rmsnorm_recompute", shape, 2 * unit + rstd + weight, saved, ours_recompute, plain_forward)
+    queries, keys, width = HEADS
+    rows = 8192
+    size = rows * (queries + keys) * (4 * width + 4)
+    shape = f"{rows} x {queries}+{keys} x {width}"
+    yield forward_case("qk_norm", shape, size, lambda: make_qk(rows), ours_qk, plain_qk)

@@ -1,0 +1,173 @@
+"""The fused RMS norm on CUDA: every dtype against float64, no worse than eager PyTorch, and the same bits each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from chronicals.kernels.rmsnorm import rmsnorm, rmsnorm_reference
+from tests.kernels.numerics import nan_filled_memory, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+if torch.cuda.is_available():
+    from chronicals.kernels.fused import rmsnorm as fused
+
+EPS = 1e-5
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+SHAPES = [(1, 896), (7, 33), (760, 1128), (1128, 760), (65, 8192), (513, 5120), (16384, 896), (8192, 4096)]
+SHAPES += [(1, 14, 64), (760, 14, 64), (760, 8, 128), (65, 4, 256)]
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled_memory() -> Iterator[None]:
+    with nan_filled_memory():
+        yield
+
+
+def errors(op: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, exact: list[Tensor]) -> list[float]:
+    """Of the value and of each gradient, against `exact`."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = op(*inputs)
+    grads = torch.autograd.grad(out, inputs, upstream.to(out.dtype))
+    return [relative_error(ours, ref) for ours, ref in zip((out, *grads), exact, strict=True)]
+
+
+def compare(
+    ours: Callable[..., Tensor], eager: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor]
+) -> None:
+    """Within tolerance of the reference in float64, and no farther from it than eager PyTorch."""
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact_out = reference(*exact_inputs)
+    upstream = torch.randn(exact_out.shape, device="cuda").to(inputs[0].dtype)
+    exact = [exact_out.detach(), *torch.autograd.grad(exact_out, exact_inputs, upstream.double())]
+    mine, its = (errors(op, inputs, upstream, exact) for op in (ours, eager))
+    names = ["value", *(f"gradient of input {i}" for i in range(len(inputs)))]
+    for name, error, eager_error in zip(names, mine, its, strict=True):
+        assert error <= TOLERANCE[inputs[0].dtype], name
+        assert error <= 1.05 * eager_error + 2e-7, f"{name}: eager is nearer"
+
+
+def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape, device="cuda")).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_values_and_gradients(dtype: torch.dtype, shape: tuple[int, ...], offset: float) -> None:
+    compare(
+        lambda x, w: fused.rmsnorm(x, w, EPS, offset),
+        lambda x, w: rmsnorm(x, w, EPS, offset),
+        lambda x, w: rmsnorm_reference(x, w, EPS, offset),
+        [random(*shape, dtype=dtype), random(shape[-1], dtype=dtype)],
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 896), (760, 1128), (16384, 896), (8192, 4096)], ids=str)
+def test_residual_add(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """The gradients of the sum and of its norm together; the reference rounds the sum as both ops do."""
+
+    def through(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def both(residual: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+            total = residual + delta
+            total = total + (total.detach().to(dtype).to(total.dtype) - total.detach())
+            return torch.cat((total, norm(total, weight, EPS)), dim=-1)
+
+        return both
+
+    compare(
+        lambda x, d, w: torch.cat(fused.add_rmsnorm(x, d, w, EPS), dim=-1),
+        through(rmsnorm),
+        through(rmsnorm_reference),
+        [random(*shape, dtype=dtype), random(*shape, dtype=dtype), random(shape[1], dtype=dtype)],
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("heads", "width"), [((14, 2), 64), ((16, 8), 128), ((8, 4), 256)])
+def test_heads_of_a_packed_buffer(dtype: torch.dtype, heads: tuple[int, int], width: int) -> None:
+    def of(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def both(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
+            q, k, _ = qkv.unflatten(1, (-1, width)).split((*heads, heads[1]), dim=1)
+            return torch.cat((norm(q, q_weight, EPS), norm(k, k_weight, EPS)), dim=1)
+
+        return both
+
+    qkv = random(1128, (heads[0] + 2 * heads[1]) * width, dtype=dtype)
+    compare(
+        of(fused.rmsnorm),
+        of(rmsnorm),
+        of(rmsnorm_reference),
+        [qkv, random(width, dtype=dtype), random(width, dtype=dtype)],
+    )
+
+
+def test_extreme_rows() -> None:
+    scales = torch.logspace(-12, 12, 25, device="cuda")[:, None]
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = random(25, 896, dtype=torch.float32) * scales, random(896, dtype=dtype)
+        x = x.to(dtype)
+        out = fused.rmsnorm(x, weight, 1e-6)
+        for ours, exact in zip(out, rmsnorm_reference(x.double(), weight.double(), 1e-6), strict=True):
+            assert relative_error(ours, exact) <= TOLERANCE[dtype]
+
+
+def test_strided_rows_and_what_lies_beside_them() -> None:
+    wide, out = random(1000, 2048, dtype=torch.bfloat16), torch.full((1001, 1100), 7.0, device="cuda").bfloat16()
+    x, weight = wide[::2, 8:904], random(896, dtype=torch.bfloat16)
+    y, rstd = fused.rmsnorm_forward(x, weight, EPS, out=out[:500, :896])
+    assert torch.equal(y, fused.rmsnorm_forward(x.contiguous(), weight, EPS)[0])
+    assert (out[500:] == 7).all() and (out[:, 896:] == 7).all()
+    inputs = {"d_normed": random(500, 896, dtype=torch.bfloat16), "d_residual": random(500, 896, dtype=torch.bfloat16)}
+    apart, partial = fused.rmsnorm_backward(x=x, rstd=rstd, weight=weight, **inputs)
+    for name in inputs:
+        copies = {key: value.clone() for key, value in inputs.items()}
+        same, partial_too = fused.rmsnorm_backward(x=x, rstd=rstd, weight=weight, **copies, out=copies[name])
+        assert torch.equal(same, apart)
+        assert torch.equal(partial, partial_too)
+
+
+@pytest.mark.parametrize("shape", [(16384, 896), (8192, 4096), (300, 5120)], ids=str)
+def test_the_same_bits_each_time(shape: tuple[int, int]) -> None:
+    residual, delta, d_normed = (random(*shape, dtype=torch.bfloat16) for _ in range(3))
+    weight = random(shape[1], dtype=torch.bfloat16)
+
+    def run() -> list[Tensor]:
+        total, y, rstd = fused.add_rmsnorm_forward(residual, delta, weight, EPS)
+        again = fused.rmsnorm_recompute(total, rstd, weight)
+        assert torch.equal(again, y)
+        dx, partial = fused.rmsnorm_backward(d_normed, total, rstd, weight, d_residual=residual)
+        return [total, y, rstd, dx, fused.reduce_partials(partial, torch.float32)]
+
+    first = run()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 896), (0, 4, 64)], ids=str)
+def test_no_rows(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = random(shape[-1], dtype=torch.bfloat16).requires_grad_()
+    dx, d_weight = torch.autograd.grad(fused.rmsnorm(x, weight, EPS).sum(), (x, weight))
+    assert dx.shape == shape
+    assert (d_weight == 0).all()
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    rows = 2**31 // 4096 + 7
+    x, weight = torch.ones(rows, 4096, device="cuda", dtype=torch.bfloat16), torch.ones(4096, device="cuda").bfloat16()
+    x[-1] = 3 * torch.randn(4096, device="cuda").bfloat16()
+    y, rstd = fused.rmsnorm_forward(x, weight, EPS)
+    assert torch.equal(y[-1], fused.rmsnorm_forward(x[-1:], weight, EPS)[0][0])
+    last = y[-1].clone()
+    dx, _ = fused.rmsnorm_backward(y, x, rstd, weight, out=y)
+    assert torch.equal(dx[-1], fused.rmsnorm_backward(last[None], x[-1:], rstd[-1:], weight)[0][0])
