@@ -108,9 +108,9 @@ CANDIDATES = [(2048, 8), (2048, 4), (512, 4), (512, 2), (1024, 8)]
 
 
 def under(config: tuple[int, int], prepared: Arm) -> Arm:
-    from chronicals.kernels.fused import glu as fused
-
     def arm() -> Call:
+        from chronicals.kernels.fused import glu as fused
+
         call = prepared()
 
         def run() -> object:

@@ -194,12 +194,12 @@ CANDIDATES = {
 
 
 def candidates(table: str, hidden: int, make: Make, ours: Callable[[Tensors], Tensors]) -> dict[str, Arm]:
-    from chronicals.kernels.fused import rmsnorm as fused
-
-    def under(config: fused.Config) -> Callable[[Tensors], Tensors]:
+    def under(config: tuple[int, ...]) -> Callable[[Tensors], Tensors]:
         def run(t: Tensors) -> Tensors:
+            from chronicals.kernels.fused import rmsnorm as fused
+
             configs, block = getattr(fused, table), fused.block_for(hidden)
-            chosen, configs[block] = configs[block], config
+            chosen, configs[block] = configs[block], fused.Config(*config)
             try:
                 return ours(t)
             finally:
@@ -207,10 +207,7 @@ def candidates(table: str, hidden: int, make: Make, ours: Callable[[Tensors], Te
 
         return run
 
-    return {
-        "/".join(map(str, config)): arm(make, under(fused.Config(*config)))
-        for config in CANDIDATES.get((table, hidden), [])
-    }
+    return {"/".join(map(str, config)): arm(make, under(config)) for config in CANDIDATES.get((table, hidden), [])}
 
 
 def without_reduction(t: Tensors) -> Tensors:
