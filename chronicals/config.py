@@ -259,7 +259,7 @@ class TrainConfig(_Strict):
     def _build(self, source: Source) -> None:
         names = Names(source, TrainConfig, _NESTED)
         values = names.resolve()
-        reasons = _fill(values)
+        reasons = _fill(values, names.notes)
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -327,7 +327,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _fill(values: dict[str, Any]) -> dict[str, str]:
+def _fill(values: dict[str, Any], notes: list[str]) -> dict[str, str]:
     """Set what follows from other keys, in place; returns key -> why for each value set."""
     why: dict[str, str] = {}
 
@@ -335,13 +335,20 @@ def _fill(values: dict[str, Any]) -> dict[str, str]:
         if key not in values:
             values[key], why[key] = value, reason
 
+    has_eval = bool(values.get("val_set_size")) or "test_datasets" in values
+    if not has_eval and isinstance(values.get("evals_per_epoch"), int):  # many Axolotl files have it without a set
+        del values["evals_per_epoch"]
+        notes.append("evals_per_epoch has no effect: there is no evaluation set (val_set_size or test_datasets)")
+    if isinstance(share := values.get("warmup_steps"), float) and 0 < share < 1 and "warmup_ratio" not in values:
+        del values["warmup_steps"]
+        choose("warmup_ratio", share, "warmup_steps below 1 is a share of all steps")
     if "save_steps" in values:
         choose("save_strategy", "steps", "save_steps is given")
     if values.get("save_strategy", "epoch") == "epoch":
         choose("saves_per_epoch", 1, "at each epoch's end")
     if "eval_steps" in values:
         choose("eval_strategy", "steps", "eval_steps is given")
-    elif not values.get("val_set_size") and "test_datasets" not in values and "evals_per_epoch" not in values:
+    elif not has_eval:
         choose("eval_strategy", "no", "no evaluation set")
     if values.get("eval_strategy", "epoch") == "epoch":
         choose("evals_per_epoch", 1, "at each epoch's end")

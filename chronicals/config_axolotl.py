@@ -76,6 +76,7 @@ KNOWN_VALUES: dict[str, frozenset[str]] = {
 }
 
 _ATTENTION = "attention is always exact over packed documents; its backend is chosen by what is installed"
+_SPEED = "it is about speed and memory, never about what is learnt"
 _FAMILY = "the model's own config.json names its family"
 
 # Accepted, without any effect: key -> why, one line, for the log.
@@ -98,7 +99,28 @@ NOTES: dict[str, str] = {
     "is_mistral_derived_model": _FAMILY,
     "is_qwen_derived_model": _FAMILY,
     "gradient_checkpointing_kwargs": "recompute has no further options",
+    "tokenizer_use_fast": "the tokenizer loads through AutoTokenizer",
+    "debug": "`chronicals --debug train` shows tracebacks, `chronicals inspect` the data",
+    **dict.fromkeys(
+        "eager_attention flex_attention flex_attn_compile_kwargs xformers_attention".split(),
+        _ATTENTION,
+    ),
+    **dict.fromkeys(
+        """
+    chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy dataloader_num_workers
+    dataloader_pin_memory dataloader_prefetch_factor flash_attn_cross_entropy flash_attn_fuse_mlp flash_attn_rms_norm
+    liger_cross_entropy liger_fused_linear_cross_entropy liger_glu_activation liger_kernel_config liger_layer_norm
+    liger_rms_norm liger_rope low_cpu_mem_usage torch_compile torch_compile_backend torch_compile_mode
+    use_liger_kernel
+    """.split(),
+        _SPEED,
+    ),
 }
+
+# Items of Axolotl's `plugins` that are about speed and memory alone; any other plugin is not supported.
+SPEED_PLUGINS = frozenset(
+    f"axolotl.integrations.{name}" for name in ("liger.LigerPlugin", "cut_cross_entropy.CutCrossEntropyPlugin")
+)
 
 _LATER = "it is planned; remove the key, or set it to null, to train every weight in 32 or 16 bits on one device"
 
@@ -125,63 +147,62 @@ UNSUPPORTED: dict[str, str] = {
     "float32": "use `bf16: false`",
     **dict.fromkeys(
         """
-    accelerator_config activation_checkpointing activation_offloading adam_beta3 adam_epsilon2 added_tokens_overrides
-    auto_find_batch_size average_tokens_across_devices batch_flattening bench_dataset bench_split bf16_full_eval
-    bnb_config_kwargs center_rewards_coefficient chat_template_kwargs chunked_cross_entropy
-    chunked_cross_entropy_num_chunks cls_model_config comet_api_key comet_experiment_config comet_experiment_key
-    comet_mode comet_online comet_project_name comet_workspace context_parallel_size cosine_constant_lr_ratio
-    cpo_alpha curriculum_sampling cut_cross_entropy data_seed dataloader_drop_last dataloader_num_workers
-    dataloader_pin_memory dataloader_prefetch_factor dataset_exact_deduplication dataset_keep_in_memory
-    dataset_shard_idx dataset_shard_num ddp ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
-    ddp_find_unused_parameters ddp_timeout deepcompile device_map dion_lr dion_momentum dion_rank_fraction
-    dion_rank_multiple_of disable_tqdm do_bench_eval do_causal_lm_eval do_eval do_train dp_replicate_size
-    dp_shard_size dpo_beta dpo_generate_during_eval dpo_label_smoothing dpo_loss_type dpo_loss_weights dpo_norm_loss
-    dpo_padding_free dpo_use_liger_kernel dpo_use_logits_to_keep dpo_use_weighting dynamic_checkpoint eaft_alpha
-    eaft_k eager_attention ebft embedding_lr embedding_lr_scale embeddings_skip_upcast eval_accumulation_steps
-    eval_causal_lm_metrics eval_delay eval_max_new_tokens eval_on_start eval_sequence_len eval_table_size
-    experimental_skip_move_to_device experts_implementation fix_untrained_tokens flash_attn_cross_entropy
-    flash_attn_d512 flash_attn_fuse_mlp flash_attn_rms_norm flash_optimum flex_attention flex_attn_compile_kwargs
-    fp32_norm_classes fp32_norms fp8 fp8_enable_fsdp_float8_all_gather freeze_mm_modules fsdp_final_state_dict_type
-    fsdp_version fused_attn_kernel gc_collect_steps gc_steps gemma4_hybrid_attn_impl generate_samples
-    generation_do_sample generation_max_new_tokens generation_prompt_ratio generation_temperature generation_top_k
-    generation_top_p gptq gpu_memory_limit gradio_max_new_tokens gradio_server_name gradio_server_port gradio_share
-    gradio_temperature gradio_title greater_is_better group_by_length heads_k_stride hf_mlflow_log_artifacts
-    hf_use_auth_token hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip image_resize_algorithm
-    image_size include_num_input_tokens_seen include_tkps include_tokens_per_second is_falcon_derived_model
-    is_preprocess jagged_restart_anneal_steps jagged_restart_steps jagged_restart_warmup_steps kd_alpha kd_ce_alpha
+    accelerator_config activation_checkpointing activation_offloading adam_beta3 adam_epsilon2
+    added_tokens_overrides auto_find_batch_size average_tokens_across_devices batch_flattening bench_dataset
+    bench_split bf16_full_eval bnb_config_kwargs center_rewards_coefficient chat_template_kwargs cls_model_config
+    comet_api_key comet_experiment_config comet_experiment_key comet_mode comet_online comet_project_name
+    comet_workspace context_parallel_size cosine_constant_lr_ratio cpo_alpha curriculum_sampling data_seed
+    dataloader_drop_last dataset_exact_deduplication dataset_keep_in_memory dataset_shard_idx dataset_shard_num ddp
+    ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout deepcompile
+    dense_mixer device_map diffusion dion_lr dion_momentum dion_rank_fraction dion_rank_multiple_of disable_tqdm
+    do_bench_eval do_causal_lm_eval do_eval do_train dp_replicate_size dp_shard_size dpo_beta
+    dpo_generate_during_eval dpo_label_smoothing dpo_loss_type dpo_loss_weights dpo_norm_loss dpo_padding_free
+    dpo_use_liger_kernel dpo_use_logits_to_keep dpo_use_weighting dynamic_checkpoint eaft_alpha eaft_k ebft
+    embedding_lr embedding_lr_scale embeddings_skip_upcast eta_min eval_accumulation_steps eval_causal_lm_metrics
+    eval_delay eval_max_new_tokens eval_on_start eval_sequence_len eval_table_size experimental_skip_move_to_device
+    expert_parallel_backend expert_parallel_size experts_implementation fix_untrained_tokens flash_attn_d512
+    flash_optimum fp32_norm_classes fp32_norms fp8 fp8_enable_fsdp_float8_all_gather freeze_mm_modules
+    fsdp_final_state_dict_type fsdp_version fused_attn_kernel gc_collect_steps gc_steps gemma4_hybrid_attn_impl
+    generate_samples generation_do_sample generation_max_new_tokens generation_prompt_ratio generation_temperature
+    generation_top_k generation_top_p gptq gptq_groupsize gptq_model_v1 gpu_memory_limit gradio_max_new_tokens
+    gradio_server_name gradio_server_port gradio_share gradio_temperature gradio_title greater_is_better
+    grokfast_alpha grokfast_lamb group_by_length heads_k_stride hf_mlflow_log_artifacts hf_use_auth_token
+    hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip image_resize_algorithm image_size
+    include_num_input_tokens_seen include_tkps include_tokens_per_second is_falcon_derived_model is_preprocess
+    jagged_restart_anneal_steps jagged_restart_steps jagged_restart_warmup_steps kd_alpha kd_ce_alpha
     kd_temperature kd_trainer kto_desirable_weight kto_undesirable_weight large_head_attention layer_offloading
-    liger_cross_entropy liger_fused_linear_cross_entropy liger_glu_activation liger_kernel_config liger_layer_norm
-    liger_rms_norm liger_rope lisa_layers_attribute lisa_n_layers lisa_step_interval llama4_linearized_experts
-    load_best_model_at_end local_rank log_level logging_dir logging_first_step logging_strategy lora_alpha
-    lora_alpha_pattern lora_dropout lora_embedding_kernel lora_fan_in_fan_out lora_mlp_kernel lora_model_dir
-    lora_modules_to_save lora_o_kernel lora_on_cpu lora_qkv_kernel lora_r lora_rank_pattern lora_target_linear
-    lora_target_modules lora_target_parameters loraplus_lr_embedding loraplus_lr_ratio loss_watchdog_patience
-    loss_watchdog_threshold low_cpu_mem_usage lr_div_factor lr_groups lr_quadratic_warmup max_memory max_prompt_len
-    mean_resizing_embeddings merge_lora merge_method metric_for_best_model min_sample_len mlflow_experiment_name
-    mlflow_run_name mlflow_tracking_uri model_config model_kwargs model_quantization_config
-    model_quantization_config_kwargs multipack_real_batches neftune_noise_alpha noisy_embedding_alpha
+    liger_use_token_scaling lisa_layers_attribute lisa_n_layers lisa_step_interval llama4_linearized_experts
+    llmcompressor lm_eval_tasks load_best_model_at_end local_rank log_level logging_dir logging_first_step
+    logging_strategy lora_alpha lora_alpha_pattern lora_dropout lora_embedding_kernel lora_fan_in_fan_out
+    lora_mlp_kernel lora_model_dir lora_modules_to_save lora_o_kernel lora_on_cpu lora_qkv_kernel lora_r
+    lora_rank_pattern lora_target_linear lora_target_modules lora_target_parameters loraplus_lr_embedding
+    loraplus_lr_ratio loss_watchdog_patience loss_watchdog_threshold lr_div_factor lr_groups lr_quadratic_warmup
+    max_memory max_prompt_len mean_resizing_embeddings merge_lora merge_method metric_for_best_model min_sample_len
+    mlflow_experiment_name mlflow_run_name mlflow_tracking_uri model_config model_kwargs model_quantization_config
+    model_quantization_config_kwargs mora multipack_real_batches neftune_noise_alpha noisy_embedding_alpha
     num_dataset_shards_to_save num_generation_samples num_labels optim_args optim_target_modules orpo_alpha
     otel_metrics_host otel_metrics_port overrides_of_model_config overrides_of_model_kwargs pad_to_multiple_of peft
     peft_autocast_adapter_dtype peft_ensure_weight_tying peft_init_lora_weights peft_layer_replication
     peft_layers_pattern peft_layers_to_transform peft_trainable_token_indices peft_use_dora peft_use_rslora plugins
     pose_max_context_len pose_num_chunks pose_split_on_token_ids precompute_ref_log_probs preprocess_iterable
     pretrain_multipack_attn pretrain_multipack_buffer_size pretraining_sample_concatenation process_reward_model
-    processor_kwargs processor_type profiler_steps profiler_steps_start push_dataset_to_hub qat qgalore_cos_threshold
-    qgalore_gamma_proj qgalore_proj_bits qgalore_proj_group_size qgalore_proj_quant qgalore_proj_type
-    qgalore_queue_size qgalore_rank qgalore_scale qgalore_update_proj_gap qlora_sharded_model_loading quantization
-    quantize_moe_experts ray_num_workers ray_run_name relora relora_cpu_offload relora_prune_method relora_prune_ratio
-    relora_steps resize_token_embeddings_to_32x resources_per_worker reward_model ring_attn_func rl rl_beta
-    rope_scaling rpo_alpha s2_attention sage_attention sample_packing_bin_size sample_packing_eff_est
-    sample_packing_group_size sample_packing_mp_start_method sample_packing_sequentially save_only_model
+    processor_kwargs processor_type profiler_steps profiler_steps_start push_dataset_to_hub qat
+    qgalore_cos_threshold qgalore_gamma_proj qgalore_proj_bits qgalore_proj_group_size qgalore_proj_quant
+    qgalore_proj_type qgalore_queue_size qgalore_rank qgalore_scale qgalore_update_proj_gap
+    qlora_sharded_model_loading quantization quantize_moe_experts ray_num_workers ray_run_name relora
+    relora_cpu_offload relora_prune_method relora_prune_ratio relora_steps resize_token_embeddings_to_32x
+    resources_per_worker reward_model ring_attn_func rl rl_beta role_boundaries rope_scaling rpo_alpha s2_attention
+    sage_attention sample_packing_bin_size sample_packing_eff_est sample_packing_group_size
+    sample_packing_mp_start_method sample_packing_seq_len_multiplier sample_packing_sequentially save_only_model
     scaling_softmax scaling_softmax_bias scaling_softmax_factor sdpa_varlen selective_checkpointing
     sequence_parallel_degree shrink_embeddings shuffle_before_merging_datasets simpo_gamma skip_prepare_dataset
-    spectrum_top_fraction streaming streaming_multipack_buffer_size tensor_parallel_size tiled_mlp
-    tiled_mlp_num_shards tiled_mlp_use_original_mlp tokenizer_legacy tokenizer_save_jinja_files tokenizer_use_fast
-    tokenizer_use_mistral_common torch_compile torch_compile_backend torch_compile_mode torch_compile_options
-    torch_empty_cache_steps torchdistx_path total_num_tokens total_supervised_tokens trackio_project_name
-    trackio_run_name trackio_space_id train_sampling_strategy trainer_cls trl unfreeze unfrozen_parameters use_cache
-    use_comet use_eaft use_kernels use_liger_kernel use_mlflow use_onebitllms use_otel_metrics use_pose use_ray
-    use_trackio vllm world_size xformers_attention
+    spectrum_model_name spectrum_top_fraction streaming streaming_multipack_buffer_size swanlab_experiment_name
+    swanlab_mode swanlab_project swanlab_workspace tensor_parallel_size tiled_mlp tiled_mlp_num_shards
+    tiled_mlp_use_original_mlp tokenizer_legacy tokenizer_save_jinja_files tokenizer_use_mistral_common
+    torch_compile_options torch_empty_cache_steps torchdistx_path total_num_tokens total_supervised_tokens
+    trackio_project_name trackio_run_name trackio_space_id train_sampling_strategy trainer_cls trl unfreeze
+    unfrozen_parameters use_cache use_comet use_eaft use_kernels use_mlflow use_onebitllms use_otel_metrics
+    use_pose use_ray use_scattermoe use_sonicmoe use_swanlab use_trackio vllm world_size
     """.split(),
         "",
     ),

@@ -51,7 +51,7 @@ class Names:
 
     def resolve(self) -> dict[str, Any]:
         """The source's data under the schema's names; fills `notes`."""
-        data = _report_to(self, dict(self.source.data))
+        data = _plugins(self, _report_to(self, dict(self.source.data)))
         self.values = self._mapping(self.model, data, (), _TOP)
         for key, model in self.nested.items():
             value = self.values.get(key)
@@ -183,6 +183,15 @@ def _report_to(names: Names, data: dict[str, Any]) -> dict[str, Any]:
         if tool in wanted or "all" in wanted:
             data.setdefault(f"use_{tool}", True)
             names.written[(f"use_{tool}",)] = ("report_to",)
+    return data
+
+
+def _plugins(names: Names, data: dict[str, Any]) -> dict[str, Any]:
+    """Without Axolotl's plugins that are about speed alone: a note. What is left of `plugins` is not supported."""
+    plugins = data.get("plugins")
+    if isinstance(plugins, list) and plugins and all(plugin in tables.SPEED_PLUGINS for plugin in plugins):
+        names.notes.append(f"plugins has no effect: {tables.NOTES['liger_rope']}")
+        del data["plugins"]
     return data
 
 

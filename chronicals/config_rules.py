@@ -18,7 +18,7 @@ def check(config: TrainConfig, names: Names, given: set[str]) -> None:
         *_cadence_rules(config, given),
         *(
             (key, key in given and not has_eval, f"{key} needs an evaluation set", "set val_set_size or test_datasets")
-            for key in ("eval_steps", "evals_per_epoch", "early_stopping_patience")
+            for key in ("eval_steps", "early_stopping_patience")
         ),
         (
             "eval_strategy",

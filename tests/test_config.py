@@ -366,6 +366,37 @@ def test_the_config_as_run_loads_back_equal(load, tmp_path: Path, text: str) -> 
     assert again != TrainConfig.load(tmp_path / "as_run.yaml", ["seed=1"])
 
 
+def test_axolotl_files_that_ask_for_speed_run_as_they_are(load, error) -> None:
+    plain = "micro_batch_size: 2\nlearning_rate: 2e-5\n"
+    speed = """
+plugins:
+  - axolotl.integrations.liger.LigerPlugin
+  - axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin
+liger_rope: true
+liger_fused_linear_cross_entropy: true
+torch_compile: auto
+evals_per_epoch: 1
+debug:
+gptq_groupsize:
+"""
+    config = load(plain + speed)
+    assert config == load(plain)
+    noted = ["plugins", "liger_rope", "liger_fused_linear_cross_entropy", "torch_compile", "evals_per_epoch"]
+    assert [note.split(" has no effect: ")[0] for note in config.notes] == noted
+    assert load("evals_per_epoch: 2\nval_set_size: 5").evals_per_epoch == 2
+    assert error("plugins: [axolotl.integrations.liger.LigerPlugin, my.Plugin]") == (
+        "c.yaml:4: plugins is known but not supported; remove it, or set it to null"
+    )
+
+
+def test_warmup_steps_below_one_are_a_share(load, error) -> None:
+    config = load("warmup_steps: 0.1")
+    assert (config.warmup_steps, config.warmup_ratio) == (None, 0.1)
+    assert config.chosen["warmup_ratio"] == "0.1 (warmup_steps below 1 is a share of all steps)"
+    assert error("warmup_steps: 0.1\nwarmup_ratio: 0.1").startswith("c.yaml:4: warmup_steps must be a whole number")
+    assert error("warmup_steps: 1.5").startswith("c.yaml:4: warmup_steps must be a whole number")
+
+
 def test_python_goes_the_same_way() -> None:
     entry = {"path": Path("x.jsonl"), "message_field_role": "from"}
     config = TrainConfig(base_model=Path("m"), datasets=[entry], per_device_train_batch_size=3, adapter=None)
