@@ -61,3 +61,6 @@ endif
 bench: $(STAMP)
 	@for file in $$(ls benchmarks/*.py 2>/dev/null | grep -v __init__); do \
 	  module=benchmarks.$$(basename $$file .py); echo "== python -m $$module"; $(BIN)/python -m $$module || exit 1; done
+ifneq ($(GPU),)
+	$(BIN)/chronicals bench kernels
+endif

@@ -147,6 +147,21 @@ def report(
     typer.echo(f"wrote {write_report(run, out)}")
 
 
+bench = typer.Typer(help="Measure this machine: ours against its ceilings and against peers.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("kernels")
+def bench_kernels(
+    op: Annotated[list[str] | None, typer.Option("--op", help="Only this kernel; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the JSON goes.")] = None,
+) -> int:
+    """Gate, then time every fused kernel; needs a GPU and a clone of the repository."""
+    from chronicals.commands.bench import bench_kernels
+
+    return bench_kernels(op or (), out)
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,

@@ -18,7 +18,7 @@ import chronicals
 from chronicals import cli
 from chronicals.errors import GuardError, UserError
 
-VERBS = ("init", "train", "chat", "inspect", "verify", "report", "doctor")
+VERBS = ("init", "train", "chat", "inspect", "verify", "report", "doctor", "bench")
 JOB = "base_model: m\ndatasets: [{path: d.jsonl}]\n"
 
 
