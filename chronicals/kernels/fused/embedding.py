@@ -1,0 +1,240 @@
+"""Token embedding: a gather, and its gradient as a deterministic segmented sum into a buffer of the caller's.
+
+chronicals/kernels/embedding.py has the math. `token_order` lists the slots of the batch by token, so the slots of one
+token, a run, lie side by side. A program takes `slots` of them and some columns: it gathers the upstream rows, sums
+those of equal token by a product with the 0/1 matrix [token_i = token_j] (exact in 16 bits, sums in float32), and
+writes one row for each run that begins with it. A run that goes on past its slots it follows to the end; the programs
+that hold the rest of the run leave it alone. So each row of the gradient is written once, by one program, in one
+order: no atomics, no scratch, the same bits every time.
+
+Bytes: T H read, and the rows of the tokens that occur written (read too where they are added to), whatever V is. Only
+an overwritten gradient is zeroed first, V H written; one that is added to is not touched elsewhere.
+
+Left out: spreading one token's run over programs. A token that fills thousands of slots is followed by one program a
+column block, 64 slots at a time. A NaN or infinity upstream may reach the other tokens of its program; such a
+gradient is refused as a whole anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Config(NamedTuple):
+    """What one program takes: slots of the batch, columns of the table."""
+
+    slots: int
+    columns: int
+    threads: int
+
+
+FORWARD = Config(16, 128, 128)
+BACKWARD = Config(32, 64, 128)
+FOLLOW = 64  # slots that a run's program takes at a time beyond its own
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def embedding_forward_kernel(
+    TOKENS: tl.tensor,  # (T,) int64
+    WEIGHT: tl.tensor,  # (V, H), last stride 1
+    OUT: tl.tensor,  # (T, H), last stride 1
+    slots: tl.tensor,  # T
+    vocab: tl.tensor,  # V
+    hidden: tl.tensor,  # H
+    weight_stride: tl.tensor,
+    out_stride: tl.tensor,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    program, strips = tl.program_id(0), tl.cdiv(hidden, COLUMNS)
+    slot = ((program // strips) * SLOTS + tl.arange(0, SLOTS)).to(tl.int64)
+    column = ((program % strips) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    token = tl.load(TOKENS + slot, mask=slot < slots, other=-1).to(tl.int64)
+    # a token that the table lacks becomes NaN, which the loss shows, instead of somebody else's memory
+    known = (token >= 0) & (token < vocab)
+    row = tl.load(
+        WEIGHT + (token * weight_stride)[:, None] + column,
+        mask=known[:, None] & (column < hidden),
+        other=float("nan"),
+    )
+    tl.store(OUT + (slot * out_stride)[:, None] + column, row, mask=(slot < slots)[:, None] & (column < hidden))
+
+
+@triton.jit
+def _token_at(TOKENS: tl.tensor, ORDER: tl.tensor, at: tl.tensor, slots: tl.tensor, other: tl.constexpr) -> tl.tensor:
+    """The slots and tokens at places `at` of the order; `other` outside of it."""
+    inside = (at >= 0) & (at < slots)
+    slot = tl.load(ORDER + at, mask=inside, other=0).to(tl.int64)
+    return slot, tl.load(TOKENS + slot, mask=inside, other=other).to(tl.int64)
+
+
+@triton.jit
+def embedding_backward_kernel(
+    D_OUT: tl.tensor,  # (T, H), last stride 1
+    TOKENS: tl.tensor,  # (T,) int64
+    ORDER: tl.tensor,  # (T,) int32
+    GRAD: tl.tensor,  # (V, H), last stride 1
+    slots: tl.tensor,  # T
+    vocab: tl.tensor,  # V
+    hidden: tl.tensor,  # H
+    d_out_stride: tl.tensor,
+    grad_stride: tl.tensor,
+    ADD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FOLLOW: tl.constexpr,
+) -> None:
+    program, strips = tl.program_id(0), tl.cdiv(hidden, COLUMNS)
+    begin = (program // strips) * SLOTS
+    end = begin + SLOTS
+    column = ((program % strips) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    at = begin + tl.arange(0, SLOTS)
+    slot, token = _token_at(TOKENS, ORDER, at, slots, -1)
+    _, following = _token_at(TOKENS, ORDER, at + 1, slots, -1)
+    _, before = _token_at(TOKENS, ORDER, begin - 1, slots, -1)
+    _, last = _token_at(TOKENS, ORDER, end - 1, slots, -1)
+    _, beyond = _token_at(TOKENS, ORDER, end, slots, -2)
+
+    mask = (at < slots)[:, None] & (column < hidden)
+    x = tl.load(D_OUT + (slot * d_out_stride)[:, None] + column, mask=mask, other=0.0)
+    same = (token[:, None] == token[None, :]).to(x.dtype)
+    sums = tl.dot(same, x, input_precision="ieee")  # row i: all of its token here
+
+    if (last == beyond) & (last != before):  # the last run began here and goes on: follow it
+        rest = tl.zeros((COLUMNS,), tl.float32)
+        going = last == beyond
+        while going:
+            further, ahead = _token_at(TOKENS, ORDER, end + tl.arange(0, FOLLOW), slots, -2)
+            mine = ahead == last
+            more = D_OUT + (further * d_out_stride)[:, None] + column
+            rows = tl.load(more, mask=mine[:, None] & (column < hidden), other=0.0)
+            rest += tl.sum(rows.to(tl.float32), axis=0)
+            end += FOLLOW
+            going = tl.sum(mine.to(tl.int32), axis=0) == FOLLOW
+        sums += tl.where((token == last)[:, None], rest[None, :], 0.0)
+
+    # each run is written at its last slot here, unless it began before
+    final = (token != following) | (at == begin + SLOTS - 1)
+    writes = final & (token != before) & (token >= 0) & (token < vocab)
+    mask = writes[:, None] & (column < hidden)
+    grad = GRAD + (token * grad_stride)[:, None] + column
+    if ADD:
+        sums += tl.load(grad, mask=mask, other=0.0).to(tl.float32)
+    tl.store(grad, sums.to(GRAD.dtype.element_ty), mask=mask)
+
+
+def embedding_forward(tokens: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Gathers rows; one for a token outside the table is NaN.
+
+    Args:
+        tokens: (T,) int64.
+        weight: (V, H), any row stride.
+        out: (T, H), dtype of `weight`, any row stride; made if not given.
+    """
+    slots, (vocab, hidden) = len(tokens), weight.shape
+    out = torch.empty(slots, hidden, dtype=weight.dtype, device=weight.device) if out is None else out
+    assert out.shape == (slots, hidden)
+    assert out.dtype == weight.dtype
+    assert weight.dtype in DTYPES, f"no kernel for {weight.dtype}"
+    if out.numel() == 0:
+        return out
+    assert weight.stride(1) == out.stride(1) == tokens.stride(0) == 1
+    embedding_forward_kernel[_grid(slots, hidden, FORWARD)](
+        tokens,
+        weight,
+        out,
+        slots,
+        vocab,
+        hidden,
+        weight.stride(0),
+        out.stride(0),
+        SLOTS=FORWARD.slots,
+        COLUMNS=FORWARD.columns,
+        num_warps=_warps(FORWARD),
+    )
+    return out
+
+
+def embedding_backward(d_out: Tensor, tokens: Tensor, token_order: Tensor, grad: Tensor, *, add: bool) -> None:
+    """Writes the table's gradient into `grad`, or adds it to what is there.
+
+    Args:
+        d_out: (T, H), any row stride.
+        tokens: (T,) int64.
+        token_order: (T,) int32, the slots of `tokens` sorted by token, stable.
+        grad: (V, H) float32, or a 16-bit dtype, in which a sum is rounded once; any row stride.
+        add: keep what is there; else it is zeroed first, all of it.
+    """
+    (slots, hidden), vocab = d_out.shape, len(grad)
+    assert grad.shape[1] == hidden
+    assert tokens.shape == token_order.shape == (slots,)
+    assert d_out.dtype in DTYPES, f"no kernel for {d_out.dtype}"
+    assert grad.dtype in DTYPES, f"no kernel for {grad.dtype}"
+    if not add:
+        grad.zero_()
+    if d_out.numel() == 0:
+        return
+    assert d_out.stride(1) == grad.stride(1) == tokens.stride(0) == token_order.stride(0) == 1
+    embedding_backward_kernel[_grid(slots, hidden, BACKWARD)](
+        d_out,
+        tokens,
+        token_order,
+        grad,
+        slots,
+        vocab,
+        hidden,
+        d_out.stride(0),
+        grad.stride(0),
+        ADD=add,
+        SLOTS=BACKWARD.slots,
+        COLUMNS=BACKWARD.columns,
+        FOLLOW=FOLLOW,
+        num_warps=_warps(BACKWARD),
+    )
+
+
+def _grid(slots: int, hidden: int, config: Config) -> tuple[int]:
+    assert slots + config.slots + FOLLOW < 2**31
+    return (triton.cdiv(slots, config.slots) * triton.cdiv(hidden, config.columns),)
+
+
+def _warps(config: Config) -> int:
+    return config.threads // (64 if torch.version.hip else 32)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, token_order: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, token_order)
+        ctx.rows = len(weight)
+        return embedding_forward(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, token_order = ctx.saved_tensors
+        d_out = d_out if d_out.stride(1) == 1 else d_out.contiguous()
+        grad = torch.empty(ctx.rows, d_out.shape[1], dtype=d_out.dtype, device=d_out.device)
+        embedding_backward(d_out, tokens, token_order, grad, add=False)
+        return None, grad, None
+
+
+def embedding(tokens: Tensor, weight: Tensor, token_order: Tensor) -> Tensor:
+    """Looks tokens up; the fused form of `chronicals.kernels.embedding.embedding`.
+
+    Args:
+        tokens: (T,) int64 in [0, V); a row for any other is NaN.
+        weight: (V, H) float32, bfloat16 or float16.
+        token_order: (T,) int32, the slots of `tokens` sorted by token, stable.
+
+    Returns:
+        (T, H) in the weight's dtype.
+    """
+    return _Embedding.apply(tokens, weight, token_order)

@@ -1,0 +1,57 @@
+"""The fused embedding compiles for every GPU we promise, both ways, with vectors and within its shared memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from chronicals.kernels.fused import embedding as fused
+from tests.kernels.aot import compile_all
+
+SIZES = {"slots": "i32", "vocab": "i32", "hidden": "i32:16"}
+FORWARD = {
+    "TOKENS": "*i64",
+    "WEIGHT": "*bf16",
+    "OUT": "*bf16",
+    **SIZES,
+    "weight_stride": "i32:16",
+    "out_stride": "i32:16",
+}
+BACKWARD = {
+    "D_OUT": "*bf16",
+    "TOKENS": "*i64",
+    "ORDER": "*i32",
+    "GRAD": "*fp32",
+    **SIZES,
+    "d_out_stride": "i32:16",
+    "grad_stride": "i32:16",
+}
+
+
+def test_forward() -> None:
+    config = fused.FORWARD
+    compiled = compile_all(
+        fused.embedding_forward_kernel,
+        FORWARD,
+        {"SLOTS": config.slots, "COLUMNS": config.columns},
+        num_warps=config.threads // 32,
+    )
+    assert not any(one.stack for one in compiled.values())
+    assert "ld.global.v4" in compiled["sm_90"].assembly
+    assert "st.global.v4" in compiled["sm_90"].assembly
+
+
+@pytest.mark.parametrize("form", ["bf16 into fp32, added", "bf16 into bf16", "fp32, unaligned"])
+def test_backward(form: str) -> None:
+    signature, config = dict(BACKWARD), fused.BACKWARD
+    match form:
+        case "bf16 into bf16":
+            signature["GRAD"] = "*bf16"
+        case "fp32, unaligned":
+            signature = {
+                name: kind.replace("*bf16", "*fp32").replace("i32:16", "i32") for name, kind in signature.items()
+            }
+    flags = {"ADD": "added" in form, "SLOTS": config.slots, "COLUMNS": config.columns, "FOLLOW": fused.FOLLOW}
+    compiled = compile_all(fused.embedding_backward_kernel, signature, flags, num_warps=config.threads // 32)
+    assert not any(one.stack for one in compiled.values())
+    if "unaligned" not in form:
+        assert "ld.global.v4" in compiled["sm_90"].assembly
