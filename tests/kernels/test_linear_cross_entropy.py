@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from chronicals.kernels import linear_cross_entropy as module
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tests.kernels.numerics import relative_error
 
@@ -46,6 +47,15 @@ def test_gradcheck(options: dict[str, float], chunk_rows: int) -> None:
     )
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradcheck_of_each_row(options: dict[str, float]) -> None:
+    hidden, weight, *rest = problem()
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, *rest, **options, reduction="none", chunk_rows=3),
+        (hidden.requires_grad_(), weight.requires_grad_()),
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_matches_reference(dtype: torch.dtype, options: dict[str, float]) -> None:
@@ -60,6 +70,23 @@ def test_matches_reference(dtype: torch.dtype, options: dict[str, float]) -> Non
     for grad, expected in zip(torch.autograd.grad(loss, ours), torch.autograd.grad(reference, theirs), strict=True):
         assert grad.dtype == dtype
         assert relative_error(grad, expected) < tolerance
+
+
+def test_each_row_is_the_references_and_they_sum_up() -> None:
+    inputs = problem(torch.float32, 301, 64, 760)
+    each = linear_cross_entropy(*inputs, reduction="none", chunk_rows=64)
+    expected = linear_cross_entropy_reference(*inputs, reduction="none")
+    assert each.shape == inputs[3].shape
+    assert (each[-3:] == 0).all()
+    assert relative_error(each, expected) < 3e-6
+    assert linear_cross_entropy(*inputs).item() == pytest.approx(each.sum().item(), rel=1e-6)
+
+
+def test_each_row_without_smoothing_is_minus_its_log_probability() -> None:
+    hidden, weight, rows, targets, _ = problem(torch.float32)
+    each = linear_cross_entropy(hidden, weight, rows, targets, torch.ones(1), reduction="none")[:-3]
+    log_probability = (hidden[rows[:-3].long()] @ weight.T).log_softmax(-1).gather(1, targets[:-3, None])
+    torch.testing.assert_close(-each, log_probability.squeeze(1))
 
 
 def test_is_torchs_cross_entropy() -> None:
@@ -144,6 +171,16 @@ def test_logits_never_exist_beyond_a_chunk() -> None:
     with _Largest() as largest:
         linear_cross_entropy(hidden, weight, *rest, chunk_rows=16).backward()
     assert largest.numel == 16 * 1000
+
+
+def test_frugal_keeps_to_90_mb_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FRUGAL_BYTES", 90_000)
+    hidden, weight, *rest = problem(torch.float32, tokens=512, hidden=8, vocab=1000)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with _Largest() as largest:
+        linear_cross_entropy(hidden, weight, *rest, mode="frugal").backward()
+    assert largest.numel == 22 * 1000
 
 
 @pytest.mark.parametrize(("train_hidden", "train_weight"), [(True, False), (False, True), (False, False)])

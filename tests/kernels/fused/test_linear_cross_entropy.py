@@ -45,9 +45,9 @@ def test_row_kernels_compile_vectorised(name: str, config: str) -> None:
             assert "v4" in one.assembly, f"{target} does not load 16 bytes at a time"
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_other_dtypes_and_all_options(dtype: str) -> None:
-    for target, one in compile_rows("cross_entropy_kernel", cross_entropy_rows.WIDE, EVERYTHING, dtype).items():
+def test_float32_with_all_options_compiles() -> None:
+    """The most that a program holds: registers for every option, twice the shared memory."""
+    for target, one in compile_rows("cross_entropy_kernel", cross_entropy_rows.WIDE, EVERYTHING, "fp32").items():
         assert not one.stack, f"{target} spills {one.stack} bytes a thread"
 
 
