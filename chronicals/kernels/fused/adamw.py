@@ -1,7 +1,7 @@
 """AdamW on the GPU: one launch over a table of pointers, clipping, weight decay and zeroing of gradients folded in.
 
 The update, the formats and the rule of stochastic rounding are those of `chronicals/kernels/adamw.py` (and
-docs/math/adamw.md). A parameter is read and written once: 14 bytes with bfloat16 weights, gradients and moments, 10.03
+docs/math/adamw.md). A parameter is read and written once: 14 bytes with bfloat16 weights, gradients and moments, 10.06
 with 8-bit moments, 28 with a float32 master and moments and bfloat16 gradients and weights. Learning rate, clipping
 and step are read from the device, so that a captured graph follows the schedule; where `written` is 0 nothing is
 written but zeros into the gradients.
