@@ -58,12 +58,11 @@ def check(inputs: list[Tensor], tolerance: float = TOLERANCE, **options: object)
         assert relative_error(grad, expected) < tolerance
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("mode", ["fast", "frugal"])
+@pytest.mark.parametrize(("mode", "reduction"), [("fast", "sum"), ("frugal", "none")])  # every kernel between them
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(options: dict[str, float], mode: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "FRUGAL_COLUMNS", 128)  # three blocks, the last one ragged
-    check(problem(5, 8, 301), mode=mode, reduction=reduction, **options)
+    check(problem(3, 8, 301), mode=mode, reduction=reduction, **options)
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 33, 1024, 1025, 2049])
@@ -72,7 +71,7 @@ def test_ragged_vocabularies(vocab: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fast", "frugal"])
-@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (7, 33), (33, 1), (3, 1025)])
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (7, 33), (15, 1), (3, 1025)])
 def test_ragged_rows(tokens: int, hidden: int, mode: str) -> None:
     check(problem(tokens, hidden, 37), mode=mode)
 
@@ -80,7 +79,7 @@ def test_ragged_rows(tokens: int, hidden: int, mode: str) -> None:
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 4, 4096])
 def test_chunks(chunk_rows: int, reduction: str) -> None:
-    check(problem(9, 8, 70), mode="fast", chunk_rows=chunk_rows, reduction=reduction)
+    check(problem(7, 8, 70), mode="fast", chunk_rows=chunk_rows, reduction=reduction)
 
 
 @pytest.mark.parametrize("config", cross_entropy_rows.CONFIGS.values(), ids=cross_entropy_rows.CONFIGS)
@@ -131,8 +130,8 @@ def test_rows_of_a_wider_buffer_leave_the_rest_alone() -> None:
 
 @pytest.mark.parametrize("mode", ["fast", "frugal"])
 def test_rows_that_nobody_reads_may_hold_nan(mode: str) -> None:
-    hidden, weight, rows, targets, scale = problem(12, 5, 40)
-    unread = sorted(set(range(12)) - set(rows.tolist()))
+    hidden, weight, rows, targets, scale = problem(7, 5, 40)
+    unread = sorted(set(range(7)) - set(rows.tolist()))
     hidden[unread] = math.nan
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -181,7 +180,7 @@ def test_no_supervised_row_is_zero(entries: int, mode: str, reduction: str) -> N
 
 
 def test_strided_inputs() -> None:
-    hidden, weight, rows, targets, scale = problem(11, 6, 20)
+    hidden, weight, rows, targets, scale = problem(5, 6, 20)
     expected = fused.linear_cross_entropy(hidden, weight, rows, targets, scale)
     strided = [
         torch.stack((hidden, hidden), 1)[:, 0],
@@ -207,7 +206,7 @@ def test_extreme_logits() -> None:
 
 @pytest.mark.parametrize("mode", ["fast", "frugal"])
 def test_sum_is_the_sum_of_none_and_evaluation_is_training(mode: str) -> None:
-    hidden, weight, rows, targets, scale = problem(5, 8, 50)
+    hidden, weight, rows, targets, scale = problem(3, 8, 50)
     evaluated = fused.linear_cross_entropy(hidden, weight, rows, targets, scale, mode=mode)
     each = fused.linear_cross_entropy(hidden, weight, rows, targets, scale, mode=mode, reduction="none")
     trained = fused.linear_cross_entropy(hidden, weight.requires_grad_(), rows, targets, scale, mode=mode)
@@ -242,7 +241,7 @@ class Sink:
 @pytest.mark.parametrize("mode", ["fast", "frugal"])
 @pytest.mark.parametrize("add", [False, True])
 def test_the_sink_takes_the_weight_gradient(add: bool, mode: str, reduction: str, op) -> None:
-    hidden, weight, *rest = problem(5, 8, 50)
+    hidden, weight, *rest = problem(3, 8, 50)
     weight.requires_grad_()
     (expected,) = torch.autograd.grad(op(hidden, weight, *rest), weight)
     before = torch.randn_like(weight) if add else torch.full_like(weight, math.nan)
@@ -260,14 +259,14 @@ def test_the_sink_takes_the_weight_gradient(add: bool, mode: str, reduction: str
 
 @pytest.mark.parametrize("op", [fused.linear_cross_entropy, plain.linear_cross_entropy], ids=["fused", "plain"])
 def test_a_factor_that_comes_too_late_for_the_sink_is_nan(op) -> None:
-    hidden, weight, *rest = problem(5, 8, 50)
+    hidden, weight, *rest = problem(3, 8, 50)
     sink = Sink(torch.zeros_like(weight), False, in_place=True)
     (2 * op(hidden, weight.requires_grad_(), *rest, sink=sink)).backward()
     assert sink.buffer.isnan().all()
 
 
 def test_backward_hands_out_its_buffers_or_scales_them_in_place() -> None:
-    hidden, weight, *rest = problem(5, 8, 50)
+    hidden, weight, *rest = problem(3, 8, 50)
     inputs = hidden.requires_grad_(), weight.requires_grad_()
     once = torch.autograd.grad(fused.linear_cross_entropy(*inputs, *rest), inputs)
     thrice = torch.autograd.grad(3 * fused.linear_cross_entropy(*inputs, *rest), inputs)
@@ -298,7 +297,7 @@ def test_no_gradient_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         fused._Wanted, "open", classmethod(lambda cls, *args: made.append(open_(cls, *args)) or made[-1])
     )
-    hidden, weight, *rest = problem(5, 8, 50)
+    hidden, weight, *rest = problem(3, 8, 50)
     fused.linear_cross_entropy(hidden.requires_grad_(), weight, *rest).backward()
     assert made[-1].dweight is None
     assert weight.grad is None
