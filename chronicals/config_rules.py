@@ -13,31 +13,9 @@ if TYPE_CHECKING:
 
 def check(config: TrainConfig, names: Names, given: set[str]) -> None:
     """Refuse values that contradict each other or do nothing; `given` are the keys as written. The first is raised."""
-    has_eval = config.val_set_size > 0 or config.test_datasets is not None
     rules = [
         *_cadence_rules(config, given),
-        *(
-            (key, key in given and not has_eval, f"{key} needs an evaluation set", "set val_set_size or test_datasets")
-            for key in ("eval_steps", "early_stopping_patience")
-        ),
-        (
-            "eval_strategy",
-            config.eval_strategy != "no" and not has_eval,
-            f"eval_strategy: {config.eval_strategy} needs an evaluation set",
-            "set val_set_size or test_datasets",
-        ),
-        (
-            "early_stopping_patience",
-            config.early_stopping_patience is not None and config.eval_strategy == "no",
-            "early_stopping_patience needs evaluations",
-            "set eval_steps or evals_per_epoch",
-        ),
-        (
-            "val_set_size",
-            config.val_set_size > 0 and config.test_datasets is not None,
-            "val_set_size and test_datasets are both given",
-            "remove one of them",
-        ),
+        *_evaluation_rules(config, given),
         (
             "warmup_ratio",
             bool(config.warmup_steps and config.warmup_ratio),
@@ -81,6 +59,35 @@ def check(config: TrainConfig, names: Names, given: set[str]) -> None:
     for key in ("datasets", "test_datasets"):
         for i, entry in enumerate(getattr(config, key) or []):
             _check_entry(entry, (key, i), names)
+
+
+def _evaluation_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool, str, str]]:
+    """What is asked of an evaluation that will not be."""
+    has_eval = config.val_set_size > 0 or config.test_datasets is not None
+    return [
+        *(
+            (key, key in given and not has_eval, f"{key} needs an evaluation set", "set val_set_size or test_datasets")
+            for key in ("eval_steps", "early_stopping_patience")
+        ),
+        (
+            "eval_strategy",
+            config.eval_strategy != "no" and not has_eval,
+            f"eval_strategy: {config.eval_strategy} needs an evaluation set",
+            "set val_set_size or test_datasets",
+        ),
+        (
+            "early_stopping_patience",
+            config.early_stopping_patience is not None and config.eval_strategy == "no",
+            "early_stopping_patience needs evaluations",
+            "set eval_steps or evals_per_epoch",
+        ),
+        (
+            "val_set_size",
+            config.val_set_size > 0 and config.test_datasets is not None,
+            "val_set_size and test_datasets are both given",
+            "remove one of them",
+        ),
+    ]
 
 
 def _cadence_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool, str, str]]:
