@@ -159,7 +159,7 @@ def test_views_at_odd_addresses(state: str, master: bool) -> None:
 def test_a_captured_update_follows_the_schedule(
     weight: torch.dtype, state: str, master: bool, grad: torch.dtype
 ) -> None:
-    """Norm, clipping and update in one graph; rate, step and gradients change between replays; the bits are those of eager."""
+    """Norm, clipping and update in one graph; rate, step and gradients change between replays; bits as in eager."""
 
     def run(captured: bool) -> dict[str, Tensor]:
         from chronicals.kernels.fused.grad_norm import GradNorm
