@@ -73,6 +73,7 @@ class PackedBatch:
     """
 
     tokens: Tensor  # (T,) int64
+    token_order: Tensor  # (T,) int32, slots of `tokens` sorted by token, stable: for the embedding's gradient
     positions: Tensor  # (T,) int32, 0 at each document's first token
     cu_seqlens: Tensor  # (D + 1,) int32, document boundaries; unused entries repeat T
     max_seqlen: int  # upper bound on document length, from the run's packing plan
@@ -135,6 +136,7 @@ def collate(bins: Sequence[Sequence[int]], documents: Documents, plan: BatchPlan
     gathered[: len(rows)] = targets[rows]
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
+        token_order=torch.from_numpy(np.argsort(tokens, kind="stable").astype(np.int32)),
         positions=torch.from_numpy((np.arange(total) - starts).astype(np.int32)),
         cu_seqlens=torch.from_numpy(cu_seqlens),
         max_seqlen=plan.max_seqlen,

@@ -48,6 +48,7 @@ def test_a_batch_by_hand() -> None:
     assert plan == BatchPlan(micro_batch_size=3, capacity=8, max_documents=64, max_seqlen=128, pad_id=PAD)
     batch = collate(bins, documents, plan, grad_scale=1 / 3)
     assert batch.tokens.tolist() == [10, 11, 12, 20, 21, *[PAD] * 3, 30, 31, 32, 33, 40, *[PAD] * 3, *[PAD] * 8]
+    assert batch.token_order.tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 5, 6, 7, *range(13, 24)]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 2, 3, 0, 0, 1, 2, *range(8)]
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 8, 12, 13, 16, *[24] * 58]
     assert batch.target_rows.tolist() == [0, 1, 9]  # T / 8 = 3 slots a bucket
@@ -60,6 +61,7 @@ def test_a_batch_by_hand() -> None:
         torch.int32,
     ]
     assert [t.dtype for t in (batch.target_rows, batch.targets)] == [torch.int32, torch.int64]
+    assert batch.token_order.dtype == torch.int32
     assert batch.grad_scale.dtype == torch.float32
 
 
@@ -115,6 +117,8 @@ def test_what_every_batch_satisfies(documents: Documents, capacity: int, micro_b
         chosen = bins[at : at + micro_batch_size]
         batch = collate(chosen, documents, plan, 0.5)
         total = capacity * micro_batch_size
+        by_token = sorted(zip(batch.tokens.tolist(), range(total), strict=True))
+        assert batch.token_order.tolist() == [slot for _, slot in by_token]
         cu = batch.cu_seqlens.tolist()
         assert len(cu) == plan.max_documents + 1
         assert plan.max_documents % 64 == 0
