@@ -148,10 +148,12 @@ def test_an_ignored_entry_may_point_at_any_row() -> None:
     hidden[int(rows[0])] = math.nan
     targets[0] = -100
     hidden.requires_grad_()
+    weight.requires_grad_()
     loss = fused.linear_cross_entropy(hidden, weight, rows, targets, scale)
     assert torch.isfinite(loss)
-    (dhidden,) = torch.autograd.grad(loss, hidden)
+    dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
     assert (dhidden[int(rows[0])] == 0).all()
+    assert torch.isfinite(dweight).all()
 
 
 @pytest.mark.parametrize("target", [9, 2**40, -1, -99])
