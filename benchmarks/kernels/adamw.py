@@ -47,7 +47,7 @@ def make(name: str, shapes: list[tuple[int, ...]]) -> tuple[list[AdamWSlot], lis
 
 def scalars(step: float = 1.0) -> list[Tensor]:
     """Learning rate, clipping, step, written."""
-    return [torch.tensor(value, device="cuda") for value in (LR, CLIP, step, 1.0)]
+    return [torch.tensor(float(value), device="cuda") for value in (LR, CLIP, step, 1.0)]
 
 
 def gate(name: str) -> None:

@@ -57,7 +57,7 @@ def gradients(step: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def scalar(value: float) -> Tensor:
-    return torch.tensor([value], device="cuda")
+    return torch.tensor([float(value)], device="cuda")
 
 
 def pieces(slot: AdamWSlot) -> dict[str, Tensor]:

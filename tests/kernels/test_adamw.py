@@ -1,0 +1,172 @@
+"""The plain update: against torch in float64, Philox's known answers, unbiased rounding, 8-bit moments near float32."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from chronicals.kernels import adamw
+from chronicals.kernels.adamw import AdamWSlot, adamw_reference
+
+SETTINGS = {"betas": (0.9, 0.99), "eps": 1e-8}
+
+
+def test_is_torch_adamw_in_float64() -> None:
+    start = torch.randn(7, 33, dtype=torch.float64)
+    theirs = nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([theirs], lr=2e-2, weight_decay=0.1, foreach=False, **SETTINGS)
+    slot = AdamWSlot.of(start.clone(), state="float32", master=True, rate=2.0, decay=0.1)
+    for step in range(1, 11):
+        grad = torch.randn(7, 33, dtype=torch.float64)
+        theirs.grad = 0.5 * grad
+        optimizer.step()
+        adamw_reference(slot, grad, lr=1e-2, clip_scale=0.5, step=step, **SETTINGS)
+    torch.testing.assert_close(slot.weight, theirs.detach(), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("counter", "seed", "words"),
+    [  # the known answers of Random123's philox4x32-10
+        (0, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        (0xFFFFFFFF, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    ],
+)
+def test_philox_known_answers(counter: int, seed: int, words: list[int]) -> None:
+    got = adamw.philox4x32(torch.tensor([counter]), counter, counter, counter, seed=seed, rounds=10)
+    assert [int(word) for word in got] == words
+
+
+def test_random_bits_are_uniform_and_depend_on_everything() -> None:
+    draw = {"seed": 1, "step": 2, "stream": 3}
+    bits = adamw.random_bits(1 << 16, **draw)
+    ones = torch.stack([(bits >> i & 1).double().mean() for i in range(32)])
+    assert (ones - 0.5).abs().max() < 5 * 0.5 / 2**8  # five deviations
+    assert len(bits.unique()) > (1 << 16) - 10
+    assert torch.equal(adamw.random_bits(5000, **draw), bits[:5000])  # an element's bits are its own
+    for key in draw:
+        assert (adamw.random_bits(5000, **draw | {key: 7}) != bits[:5000]).float().mean() > 0.999
+
+
+def test_every_way_of_rounding_is_unbiased() -> None:
+    """Over all 2^16 random numbers the mean is the value itself: exactly, not statistically."""
+    r = torch.arange(1 << 16)
+    for value in (1.0, -1.00390625, 0.3, -1e-30, 3.14159, 65280.1):
+        x = torch.tensor(value, dtype=torch.float32)
+        rounded = adamw.round_stochastically(x.expand(1 << 16), r).double()
+        assert len(rounded.unique()) <= 2
+        assert abs(rounded.mean() - x.double()) <= 1e-12 * x.double().abs()
+    for value in (1.0, 0.7, 0.1, 1e-2, 3e-4, 2e-5, 1e-6, 0.0):
+        x, one = torch.full((1 << 16,), value), torch.ones(256)
+        for sign in (1, -1):
+            decoded = adamw.decode_first(adamw.encode_first(sign * x, one, r), one).double()
+            assert abs(decoded.mean() - sign * x[0].double()) < 1e-6  # r has 16 bits, a step here 1/16
+        if value > 2**-32:
+            decoded = adamw.decode_second(adamw.encode_second(x, one, r), one).double()
+            assert abs(decoded.mean() / x[0].double() - 1) < 2e-5  # r has 16 bits, 20 are dropped
+            assert ((decoded / x - 1).abs() <= 1 / 8).all()
+
+
+def test_nan_and_infinity_survive_rounding() -> None:
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    for r in (0, 0xFFFF):
+        assert adamw.round_stochastically(bits, torch.full((3,), r)).isnan().all()
+        infinite = torch.tensor([float("inf"), -float("inf")])
+        assert torch.equal(adamw.round_stochastically(infinite, torch.full((2,), r)).float(), infinite)
+
+
+def test_codes_over_their_whole_range() -> None:
+    one = torch.ones(1)
+    first, second = torch.arange(-127, 128).to(torch.int8), torch.arange(256).to(torch.uint8)
+    for r in (torch.zeros(256, dtype=torch.int64), torch.full((256,), 0xFFFF)):
+        m, v = adamw.decode_first(first, one), adamw.decode_second(second, one)
+        assert torch.equal(adamw.encode_second(v, one, r), second)
+        if not r.any():  # of m, float32 has not every code's exact value: down is right, up may carry
+            assert (adamw.encode_first(m, one, r[:255]).int() - first.int()).abs().max() <= 1
+    assert m[127] == 0 and m[-1] == 1 and m[0] == -1 and (m.diff() > 0).all()
+    assert v[-1] == 1 and v[0] == 2**-32 * 1.125 and (v.diff() > 0).all()
+    # nothing overflows a code: the largest of a block, a little above it by rounding, with the largest random number
+    largest, r = torch.tensor([1.0 + 2**-22]), torch.tensor([0xFFFF])
+    assert adamw.encode_first(largest, one, r) == 127 and adamw.encode_first(-largest, one, r) == -127
+    assert adamw.encode_second(largest, one, r) == 255
+    zero = torch.zeros(300)
+    assert not adamw.encode_first(zero, torch.zeros(2), torch.full((300,), 0xFFFF)).any()
+    assert not adamw.decode_second(adamw.encode_second(zero, torch.zeros(2), r.expand(300)), torch.zeros(2)).any()
+
+
+def test_float16_needs_a_master() -> None:
+    with pytest.raises(ValueError) as caught:
+        AdamWSlot.of(torch.ones(2, dtype=torch.float16), state="float32", master=False)
+    assert str(caught.value) == "float16 weights need a float32 master; stochastic rounding is for bfloat16"
+
+
+def train(dtype: torch.dtype, state: str, *, seed: int = 0, steps: int = 200) -> tuple[Tensor, list[float]]:
+    """A layer of 64 x 48 fitted to noisy targets; the weight, and the loss after each step."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(512, 48, generator=generator) * torch.logspace(-2, 0, 48)
+    y = x @ torch.randn(48, 64, generator=generator) + 0.1 * torch.randn(512, 64, generator=generator)
+    slot = AdamWSlot.of(torch.zeros(64, 48, dtype=dtype), state=state, master=False, decay=0.01)
+    losses = []
+    for step in range(1, steps + 1):
+        rows = torch.randint(512, (64,), generator=generator)
+        weight = slot.weight.float().clone().requires_grad_()
+        (x[rows] @ weight.T - y[rows]).square().mean().backward()
+        assert weight.grad is not None
+        lr = 0.02 * (1 - (step - 1) / steps)
+        adamw_reference(slot, weight.grad, lr=lr, clip_scale=1.0, step=step, betas=(0.9, 0.999), eps=1e-8, seed=seed)
+        losses.append((x @ slot.weight.float().T - y).square().mean().item())
+    return slot.weight.float(), losses
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state", "distance", "loss"),
+    [  # distance of the weights after 200 steps, as a share of how far they went; excess of the final loss
+        (torch.float32, "bfloat16", 0.006, 0.01),
+        (torch.float32, "int8", 0.06, 0.04),
+        (torch.bfloat16, "bfloat16", 0.03, 0.02),
+        (torch.bfloat16, "int8", 0.07, 0.04),
+    ],
+)
+def test_200_steps_stay_near_float32(dtype: torch.dtype, state: str, distance: float, loss: float) -> None:
+    exact, losses = train(torch.float32, "float32")
+    assert losses[-1] < 0.5 * losses[0]
+    weight, other = train(dtype, state)
+    apart, excess = (weight - exact).norm() / exact.norm(), other[-1] / losses[-1] - 1
+    assert apart < distance and abs(excess) < loss
+
+
+def test_a_second_moment_decays_in_every_format() -> None:
+    """Rounded to nearest it would stand still: a step takes a thousandth, half a bf16 step is twice that."""
+    for state in ("float32", "bfloat16", "int8"):
+        slot = AdamWSlot.of(torch.zeros(2048), state=state, master=False)
+        for step in range(1, 401):  # one gradient, then none but of each block's first
+            grad = torch.zeros(2048)
+            grad[:: adamw.BLOCK] = 1.0
+            grad = torch.ones(2048) if step == 1 else grad
+            adamw_reference(slot, grad, lr=0.0, clip_scale=1.0, step=step, betas=(0.9, 0.999), eps=1e-8)
+        v = adamw._read_second(slot, torch.float32).view(-1, adamw.BLOCK)[:, 1:]
+        assert abs(v.mean() / (1e-3 * 0.999**399) - 1) < 0.1, state
+        assert adamw._read_first(slot, torch.float32).view(-1, adamw.BLOCK)[:, 1:].abs().max() < 1e-3, state
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state", "master"),
+    [(torch.bfloat16, "bfloat16", False), (torch.bfloat16, "int8", False), (torch.float16, "int8", True)],
+)
+def test_the_same_seed_gives_the_same_bits(dtype: torch.dtype, state: str, master: bool) -> None:
+    grad = torch.randn(7, 333)
+
+    def run(seed: int) -> AdamWSlot:
+        slot = AdamWSlot.of(torch.ones(7, 333, dtype=dtype), state=state, master=master)
+        for step in range(1, 4):
+            adamw_reference(slot, grad, lr=1e-3, clip_scale=1.0, step=step, seed=seed, **SETTINGS)
+        return slot
+
+    first, again, other = run(1), run(1), run(2)
+    for field in fields(first):
+        value = getattr(first, field.name)
+        if isinstance(value, Tensor):
+            assert torch.equal(value, getattr(again, field.name))
+    assert not torch.equal(first.exp_avg_sq, other.exp_avg_sq)
