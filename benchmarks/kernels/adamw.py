@@ -100,8 +100,8 @@ def torch_fused(name: str) -> Arm:
 
         def call() -> None:
             torch._fused_adamw_(
-                trained, grads, [s.exp_avg for s in slots], [s.exp_avg_sq for s in slots], [], [one] * len(slots), lr=LR,
-                beta1=BETAS[0], beta2=BETAS[1], weight_decay=0.1, eps=EPS, amsgrad=False, maximize=False,
+                trained, grads, [s.exp_avg for s in slots], [s.exp_avg_sq for s in slots], [], [one] * len(slots),
+                lr=LR, beta1=BETAS[0], beta2=BETAS[1], weight_decay=0.1, eps=EPS, amsgrad=False, maximize=False,
                 grad_scale=one, found_inf=skip,
             )  # fmt: skip
             if narrow:
