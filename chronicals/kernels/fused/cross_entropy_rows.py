@@ -57,14 +57,14 @@ class RowConfig(NamedTuple):
     threads: int
 
 
-# by the widest row each is for; rows of a whole vocabulary get a multiprocessor of their own
-NARROW, MIDDLE, WIDE = RowConfig(128, 8, 1, 128), RowConfig(256, 8, 1, 256), RowConfig(1024, 8, 3, 1024)
-CONFIGS: dict[str, RowConfig] = {"narrow": NARROW, "middle": MIDDLE, "wide": WIDE}
+# blocks of columns; whole vocabularies, whose rows get a multiprocessor of their own
+NARROW, WIDE = RowConfig(256, 8, 1, 256), RowConfig(1024, 8, 3, 1024)
+CONFIGS: dict[str, RowConfig] = {"narrow": NARROW, "wide": WIDE}
 
 
 def config_for(width: int) -> RowConfig:
     """The configuration for rows of `width` columns."""
-    return NARROW if width <= 2048 else MIDDLE if width <= 16384 else WIDE
+    return NARROW if width <= 16384 else WIDE
 
 
 def warps(config: RowConfig) -> int:

@@ -65,7 +65,7 @@ def test_options(options: dict[str, float], mode: str, reduction: str, monkeypat
     check(problem(3, 8, 301), mode=mode, reduction=reduction, **options)
 
 
-@pytest.mark.parametrize("vocab", [1, 7, 33, 1024, 1025, 2049])
+@pytest.mark.parametrize("vocab", [1, 7, 33, 2048, 2049, 4099])
 def test_ragged_vocabularies(vocab: int) -> None:
     check(problem(5, 7, vocab), mode="fast")
 
