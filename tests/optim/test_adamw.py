@@ -138,3 +138,98 @@ def test_buckets_and_strides_of_gradients_do_not_matter(monkeypatch: pytest.Monk
     whole.step(gradients(0), 1e-2, torch.ones(()), YES)
     cut.step({n: g.mT.contiguous().mT if g.ndim > 1 else g for n, g in gradients(0).items()}, 1e-2, torch.ones(()), YES)
     assert_equal(everything(whole), everything(cut))
+
+
+FORMATS = [("float32", False), ("bfloat16", True), ("bfloat16", False), ("int8", True), ("int8", False)]
+
+
+def build(weights: dict[str, nn.Parameter], state: str, master: bool, **options: object) -> AdamW:
+    return AdamW(weights, **SETTINGS, decay_names=decay_names(weights), state_dtype=state, master=master, **options)
+
+
+@pytest.mark.parametrize(("state", "master"), FORMATS)
+def test_formats_keep_what_they_say(state: str, master: bool) -> None:
+    kept = build(parameters(torch.bfloat16), state, master).state()
+    scales = {"exp_avg_scale", "exp_avg_sq_scale"} if state == "int8" else set()
+    assert set(kept) == {"exp_avg", "exp_avg_sq", "master"} | scales
+    assert set(kept["master"]) == (set(SHAPES) if master else set())
+    for kind, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
+        expected = dtype if state == "int8" else getattr(torch, state)
+        assert all(t.dtype == expected and t.shape == SHAPES[name] for name, t in kept[kind].items())
+    for kind in scales:
+        assert {name: t.shape for name, t in kept[kind].items()} == {
+            name: (3,) if name == "embed.weight" else (1,) for name in SHAPES
+        }
+
+
+@pytest.mark.parametrize(("state", "master"), FORMATS)
+def test_every_format_follows_float32(state: str, master: bool) -> None:
+    """20 steps along steady gradients: 8 bits keep a moment to an eighth, bfloat16 weights move by their steps."""
+    exact, ours = build(parameters(), "float32", True), build(parameters(torch.bfloat16), state, master, seed=1)
+    start = {name: p.detach().clone() for name, p in exact.parameters.items()}
+    for step in range(20):
+        grads = {name: (1 + 0.1 * g).abs() for name, g in gradients(step).items()}
+        exact.step(grads, 1e-2, torch.tensor(0.5), YES)
+        ours.step({name: g.to(torch.bfloat16) for name, g in grads.items()}, 1e-2, torch.tensor(0.5), YES)
+    moved = torch.cat([(p - start[name]).reshape(-1) for name, p in exact.parameters.items()])
+    apart = torch.cat(
+        [(ours.parameters[name].float() - p).reshape(-1) - (start[name].bfloat16().float() - start[name]).reshape(-1)
+         for name, p in exact.parameters.items()]
+    )  # fmt: skip
+    assert apart.norm() < 0.1 * moved.norm()
+    assert apart.mean().abs() < 0.01 * moved.norm() / len(moved) ** 0.5  # rounded up as often as down
+
+
+@pytest.mark.parametrize(("state", "master"), FORMATS)
+@pytest.mark.parametrize("zero_grads", [False, True])
+def test_no_format_writes_a_step_that_is_not_finite(state: str, master: bool, zero_grads: bool) -> None:
+    optimizer = build(parameters(torch.bfloat16), state, master)
+    optimizer.step(gradients(0), 1e-2, torch.ones(()), YES)
+    before, grads = everything(optimizer), gradients(1)
+    grads["embed.weight"][0, 0] = float("nan")
+    optimizer.step(grads, 1e-2, torch.tensor(float("nan")), torch.tensor(False), zero_grads=zero_grads)
+    assert_equal(everything(optimizer), before)
+    assert all((g == 0).all() for g in grads.values()) == zero_grads
+
+
+@pytest.mark.parametrize(("state", "master"), FORMATS)
+def test_every_format_goes_on_from_a_copied_state_bit_for_bit(state: str, master: bool) -> None:
+    first = build(parameters(torch.bfloat16), state, master, seed=3)
+    for step in range(3):
+        first.step(gradients(step), 1e-2, torch.ones(()), YES)
+    weights = {name: nn.Parameter(p.detach().clone()) for name, p in first.parameters.items()}
+    second = build(weights, state, master, seed=3)
+    for kind, named in first.state().items():
+        for name, tensor in named.items():
+            second.state()[kind][name].copy_(tensor)
+    second.step_count.copy_(first.step_count)
+    for one in (first, second):
+        for step in range(3, 6):
+            one.step(gradients(step), 1e-2, torch.tensor(0.7), YES)
+    assert_equal(everything(first), everything(second))
+
+
+@pytest.mark.parametrize("state", ["float32", "int8"])
+def test_rates_multiply_the_learning_rate(state: str) -> None:
+    apart, together = build(parameters(), state, True, rates={"proj.weight": 3.0}), build(parameters(), state, True)
+    slow = {name: p.detach().clone() for name, p in parameters().items()}
+    for one, lr in ((apart, 1e-3), (together, 3e-3)):
+        one.step(gradients(0), lr, torch.ones(()), YES)
+    torch.testing.assert_close(apart.parameters["proj.weight"], together.parameters["proj.weight"])
+    for name in ("embed.weight", "norm.weight", "proj.bias"):
+        moved = (apart.parameters[name] - slow[name]).detach()
+        torch.testing.assert_close(3 * moved, (together.parameters[name] - slow[name]).detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_the_learning_rate_may_be_a_tensor() -> None:
+    for state in ("float32", "bfloat16"):
+        number, tensor = build(parameters(), state, True), build(parameters(), state, True)
+        number.step(gradients(0), 0.25, torch.ones(()), YES)
+        tensor.step(gradients(0), torch.tensor(0.25), torch.ones(()), YES)
+        assert_equal(everything(number), everything(tensor))
+
+
+def test_float16_weights_need_a_master() -> None:
+    with pytest.raises(ValueError) as caught:
+        AdamW({"w": nn.Parameter(torch.ones(2, dtype=torch.float16))}, master=False)
+    assert str(caught.value) == "float16 weights need a float32 master; stochastic rounding is for bfloat16"
