@@ -135,6 +135,15 @@ def test_half_precision_is_rounded_once() -> None:
     assert fused.rmsnorm(x, weight.float(), EPS, 1.0).dtype == torch.float16
 
 
+def test_the_norm_is_that_of_the_rounded_sum() -> None:
+    residual, delta = (torch.randn(33, 64, dtype=torch.float16) for _ in range(2))
+    weight = torch.randn(64, dtype=torch.float16)
+    total, y, rstd = fused.add_rmsnorm_forward(residual, delta, weight, EPS)
+    assert torch.equal(total, residual + delta)
+    for ours, expected in zip((y, rstd), fused.rmsnorm_forward(total, weight, EPS), strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_extreme_rows() -> None:
     x = torch.randn(25, 64) * torch.logspace(-12, 12, 25)[:, None]
     assert_matches(
