@@ -24,13 +24,16 @@ class Inputs:
     def __init__(self, slots: int, hidden: int, vocab: int) -> None:
         self.slots, self.hidden, self.vocab = slots, hidden, vocab
 
-    def tokens(self) -> Tensor:
+    def drawn(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         drawn = float(self.vocab) ** torch.rand(self.slots, generator=generator, dtype=torch.float64) - 1
-        return drawn.long().clamp(0, self.vocab - 1).cuda()
+        return drawn.long().clamp(0, self.vocab - 1)
+
+    def tokens(self) -> Tensor:
+        return self.drawn().cuda()
 
     def distinct(self) -> int:
-        return len(self.tokens().unique())
+        return len(self.drawn().unique())
 
     def weight(self) -> Tensor:
         return torch.randn(self.vocab, self.hidden, device="cuda", dtype=torch.bfloat16)

@@ -109,8 +109,8 @@ def told(row: dict[str, Any]) -> str:
     return line + (f"  MISSES: {'; '.join(row['misses'])}" if row["misses"] else "")
 
 
-def machine(argv: list[str]) -> dict[str, Any]:
-    """Where and with what this was measured."""
+def machine(argv: list[str], commit: str | None) -> dict[str, Any]:
+    """Where and with what this was measured; `commit` where the files are a copy without history."""
     import torch
 
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
@@ -119,11 +119,11 @@ def machine(argv: list[str]) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    asked = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "gpu": torch.cuda.get_device_name(),
         "versions": versions,
-        "commit": commit or None,
+        "commit": commit or (asked.stdout.strip() if asked.returncode == 0 else None),
         "command": " ".join(["python -m benchmarks.kernels.run", *argv]),
     }
 
@@ -152,9 +152,9 @@ def run_one(op: str, out: Path) -> None:
         out.write_text(json.dumps({"ceilings": limits, "cases": rows}), encoding="utf-8")
 
 
-def run_all(names: list[str], out: Path, argv: list[str]) -> int:
+def run_all(names: list[str], out: Path, where: dict[str, Any]) -> int:
     """Each op in its process; the exit code: 0 all gates green, 1 otherwise."""
-    record, red = machine(argv) | {"ops": {}}, 0
+    record, red = where | {"ops": {}}, 0
     print(record["gpu"], record["versions"], record["commit"], flush=True)
     for op in names:
         with tempfile.TemporaryDirectory() as folder:
@@ -177,6 +177,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--op", action="append", choices=ops(), help="only this one; may be repeated")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--list", action="store_true", help="name the cases and stop; needs no GPU")
+    parser.add_argument("--commit", help="what to record where this is a copy without history")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     names = options.op or ops()
@@ -193,7 +194,7 @@ def main(argv: list[str]) -> int:
     if options.child:
         run_one(options.child, options.out)
         return 0
-    return run_all(names, options.out, argv)
+    return run_all(names, options.out, machine(argv, options.commit))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 from chronicals.kernels.ops import REFERENCE, Ops, fused
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
-from tests.kernels.numerics import relative_error
+from tests.kernels.numerics import relative_error, torch_deterministic
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,14 +84,15 @@ def test_no_worse_than_reference(name: str) -> None:
     assert mean_ours <= 1.05 * mean_plain
 
 
-def test_running_layers_again_changes_no_bit() -> None:
+def test_running_layers_again_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses a matmul under determinism
     config = ModelConfig.from_hf(SIZES | MODELS["qwen3"])
     ops = fused(head_dim=config.head_dim, deterministic=True)
-    loss, first, weights = losses_and_gradients(config, ops, torch.bfloat16)
-    again_loss, again, _ = losses_and_gradients(config, ops, torch.bfloat16, weights, recompute=True)
+    with torch_deterministic():
+        loss, first, weights = losses_and_gradients(config, ops, torch.bfloat16)
+        again_loss, again, _ = losses_and_gradients(config, ops, torch.bfloat16, weights, recompute=True)
     assert torch.equal(loss, again_loss)
-    different = [name for name in first if not torch.equal(first[name], again[name])]
-    assert set(different) <= {"embed_tokens.weight"}, "torch's embedding gradient adds atomically, nothing else does"
+    assert [name for name in first if not torch.equal(first[name], again[name])] == []
 
 
 def test_float32() -> None:

@@ -55,3 +55,18 @@ def nan_filled_memory() -> Iterator[None]:
     finally:
         deterministic.fill_uninitialized_memory = fill
         torch.set_deterministic_debug_mode(mode)
+
+
+@contextmanager
+def torch_deterministic(wanted: bool = True) -> Iterator[None]:
+    """torch's own algorithms give the same bits every time, as under `deterministic: true`; unless not `wanted`.
+
+    `warn_only` would not do: FlashAttention-2 then only warns.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    if wanted:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chronicals.kernels.attention import AttentionBackend, PerDocument, TorchVarlen, varlen_attention_reference
 from chronicals.kernels.fused.attention import FlashAttention4, backend_for, is_installed
-from tests.kernels.numerics import relative_error
+from tests.kernels.numerics import relative_error, torch_deterministic
 
 pytestmark = [
     pytest.mark.gpu,
@@ -153,20 +153,16 @@ def test_other_documents_under_one_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [FA4, "torch"])
-def test_deterministic_gives_the_same_bits(name: str) -> None:
+def test_deterministic_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, d_out = inputs((14, 2), 64, torch.bfloat16, 8192)
     cu_seqlens = boundaries([0, 2048, 4096, 8192])
     backend = backend_named(name, deterministic=True)
-    mode = torch.get_deterministic_debug_mode()
-    if name == "torch":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with torch_deterministic(name == "torch"):
         first = run_bits(backend, packed, d_out, cu_seqlens)
         for _ in range(5):
             again = run_bits(backend, packed, d_out, cu_seqlens)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    finally:
-        torch.set_deterministic_debug_mode(mode)
 
 
 def run_bits(backend: AttentionBackend, packed: Tensor, d_out: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
