@@ -1,8 +1,9 @@
-"""Where and how exactly a run computes: device, compute dtype, determinism, seeds. All of it is settled before any
-data is read."""
+"""Where and how exactly a run computes: device, compute dtype, kernels, determinism, seeds. All of it is settled before
+the first step."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 
 from chronicals.errors import UserError
+from chronicals.kernels.ops import REFERENCE, Ops, fused
+
+FUSED_FROM = (8, 0)  # compute capability: older GPUs have neither bf16 nor FlashAttention
 
 
 def resolve_device(name: str) -> torch.device:
@@ -38,6 +42,21 @@ def resolve_dtype(bf16: str | bool, device: torch.device) -> torch.dtype:
             f"bf16: true, but {torch.cuda.get_device_name(device)} does not compute in bf16", "set bf16: auto or false"
         )
     return torch.bfloat16 if bf16 is True or (bf16 == "auto" and has_bf16) else torch.float32
+
+
+def resolve_ops(device: torch.device, dtype: torch.dtype, *, head_dim: int, deterministic: bool) -> tuple[Ops, str]:
+    """The kernels, and what the header says of them: fused ones on a GPU that runs them, plain PyTorch elsewhere."""
+    if device.type == "cpu":
+        return REFERENCE, "plain PyTorch"
+    if importlib.util.find_spec("triton") is None:
+        return REFERENCE, "plain PyTorch, as there is no triton here (torch's GPU builds bring it)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FUSED_FROM:
+        needed, here = (".".join(map(str, version)) for version in (FUSED_FROM, capability))
+        return REFERENCE, f"plain PyTorch, as fused ones need compute capability {needed} and this GPU has {here}"
+    ops = fused(device, dtype, head_dim=head_dim, deterministic=deterministic)
+    names = {"FlashAttention4": "FlashAttention-4", "TorchVarlen": "torch's FlashAttention-2"}
+    return ops, f"fused, attention by {names.get(type(ops.attention).__name__, 'document')}"
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from chronicals.data.loader import Loader
 from chronicals.data.prepare import prepare
 from chronicals.data.tokenizer import ChatTokenizer, load_tokenizer
 from chronicals.errors import UserError
+from chronicals.kernels.ops import Ops
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views, load_config, load_model
 from chronicals.optim.adamw import AdamW
@@ -36,7 +37,7 @@ from chronicals.train.gradients import Gradients
 from chronicals.train.guard import Guard
 from chronicals.train.lock import LOCK_FILE
 from chronicals.train.plan import Plan
-from chronicals.train.precision import resolve_device, resolve_dtype
+from chronicals.train.precision import resolve_device, resolve_dtype, resolve_ops
 from chronicals.train.state import RunState, check_identity, identity, load_state, told, told_changes
 from chronicals.train.step import LossFn
 
@@ -69,6 +70,7 @@ class Run:
     start: Start
     data: Data
     model: Decoder
+    kernels: str  # which ones, for the header
     gradients: Gradients
     optimizer: AdamW
     guard: Guard
@@ -164,7 +166,9 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
     """Model, optimizer and guard, filled from the checkpoint where there is one."""
     ours = identity(config, data.prepared.train, data.prepared.eval, str(start.dtype).removeprefix("torch."))
     saved = _saved_state(start, ours)
-    model = _model(config, start, data.chat)
+    head_dim = load_config(start.checkpoint or _base_folder(config)).head_dim
+    ops, kernels = resolve_ops(start.device, start.dtype, head_dim=head_dim, deterministic=config.deterministic)
+    model = _model(config, start, data.chat, ops)
     model.recompute = config.recompute == "full"
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = AdamW(
@@ -193,6 +197,7 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
         start=start,
         data=data,
         model=model,
+        kernels=kernels,
         gradients=Gradients(trainable, accumulate=config.gradient_accumulation_steps > 1),
         optimizer=optimizer,
         guard=Guard(hf_names, watched, min_lr=config.learning_rate / 10),
@@ -234,6 +239,7 @@ def header(run: Run) -> dict[str, str]:
         "model": f"{run.config.base_model} ({model.config.family}{weights})",
         "trainable parameters": f"{trained:,} of {total:,}",
         "device": f"{device}, {str(run.start.dtype).removeprefix('torch.')}",
+        "kernels": run.kernels,
         "documents": f"{stats.documents:,}",
         "tokens": f"{stats.tokens:,}",
         "supervised tokens": f"{stats.supervised_tokens:,} ({stats.supervised_tokens / stats.tokens:.1%})",
@@ -256,14 +262,15 @@ def _saved_state(start: Start, ours: dict[str, Any]) -> dict[str, Any] | None:
     return saved
 
 
-def _model(config: TrainConfig, start: Start, chat: ChatTokenizer) -> Decoder:
+def _model(config: TrainConfig, start: Start, chat: ChatTokenizer, ops: Ops) -> Decoder:
     if start.checkpoint is not None:
-        return load_model(start.checkpoint, dtype=start.dtype, device=start.device)
+        return load_model(start.checkpoint, dtype=start.dtype, device=start.device, ops=ops)
     if config.reinit_weights:
-        model = Decoder(load_config(_base_folder(config)), device=start.device, dtype=start.dtype)
+        model = Decoder(load_config(_base_folder(config)), ops, device=start.device, dtype=start.dtype)
         model.init_weights(config.seed)
     else:
-        model = load_model(config.base_model, dtype=start.dtype, device=start.device, revision=config.revision_of_model)
+        revision = config.revision_of_model
+        model = load_model(config.base_model, dtype=start.dtype, device=start.device, ops=ops, revision=revision)
     model.resize_token_embeddings(max(model.config.vocab_size, chat.vocab_size))  # only where tokens were added
     return model
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from chronicals.errors import UserError
-from chronicals.train.precision import reproducible, resolve_device, resolve_dtype
+from chronicals.kernels.attention import PerDocument, TorchVarlen, plain_backend
+from chronicals.kernels.ops import REFERENCE
+from chronicals.train.precision import reproducible, resolve_device, resolve_dtype, resolve_ops
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -37,6 +39,44 @@ def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         resolve_dtype(True, GPU)
     assert str(caught.value) == "bf16: true, but Tesla T4 does not compute in bf16; set bf16: auto or false"
+
+
+def test_the_cpu_gets_plain_kernels() -> None:
+    assert resolve_ops(CPU, torch.bfloat16, head_dim=64, deterministic=False) == (REFERENCE, "plain PyTorch")
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "says"),
+    [
+        ((7, 5), True, "plain PyTorch, as fused ones need compute capability 8.0 and this GPU has 7.5"),
+        ((9, 0), False, "plain PyTorch, as there is no triton here (torch's GPU builds bring it)"),
+    ],
+)
+def test_a_gpu_without_fused_kernels_says_why(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], triton: bool, says: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
+    assert resolve_ops(GPU, torch.float32, head_dim=64, deterministic=False) == (REFERENCE, says)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "says"),
+    [
+        (torch.bfloat16, TorchVarlen, "fused, attention by torch's FlashAttention-2"),
+        (torch.float32, PerDocument, "fused, attention by document"),
+    ],
+)
+def test_a_gpu_gets_fused_kernels(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, backend: type, says: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    plain_backend.cache_clear()
+    ops, told = resolve_ops(GPU, dtype, head_dim=64, deterministic=False)
+    plain_backend.cache_clear()
+    assert type(ops.attention) is backend
+    assert ops.glu is not REFERENCE.glu
+    assert told == says
 
 
 def test_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,7 @@ def test_header_and_dry_run(folder: Path) -> None:
     assert facts["model"] == f"{folder}/model (qwen2)"
     assert facts["trainable parameters"] == "23,936 of 23,936"
     assert facts["device"] == "CPU, float32"
+    assert facts["kernels"] == "plain PyTorch"
     assert facts["documents"] == f"{len(train)}"
     assert facts["tokens"] == f"{train.num_tokens:,}"
     assert facts["supervised tokens"].startswith(f"{train.num_supervised:,} (")
