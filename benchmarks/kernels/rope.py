@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.harness import Call, Case, assert_no_worse, installed
+from benchmarks.kernels.harness import Arm, Call, Case, assert_no_worse, installed
 from chronicals.kernels import rope as plain
+from chronicals.kernels.fused import rope as fused
 from chronicals.kernels.fused.rope import rope_qkv_
 
 SEQUENCE = 2048  # positions, rows of the tables
@@ -49,6 +50,34 @@ class Inputs:
         packed, (cos, sin), positions = self.packed(), self.tables(), self.positions()
         queries, keys, _ = self.heads
         return lambda: rope_qkv_(packed, cos, sin, queries, keys, positions=positions, inverse=inverse)
+
+    def ours_as(self, config: fused.Config) -> Call:
+        call = self.ours(False)
+
+        def with_config() -> None:
+            chosen = fused.CONFIGS[config.half]
+            fused.CONFIGS[config.half] = config
+            call()
+            fused.CONFIGS[config.half] = chosen
+
+        return with_config
+
+    def others(self) -> dict[str, Arm]:
+        """Configurations that were not chosen: pairs a program / threads."""
+        half = self.width // 2
+        tried = {
+            f"{pairs}/{threads}{evict}": fused.Config(pairs // half, half, threads, evict)
+            for pairs, threads, evict in (
+                (512, 64, ""),
+                (512, 128, ""),
+                (2048, 128, ""),
+                (2048, 256, ""),
+                (4096, 256, ""),
+                (1024, 128, "evict_first"),
+                (2048, 256, "evict_first"),
+            )
+        }
+        return {name: lambda config=config: self.ours_as(config) for name, config in tried.items()}
 
     def eager(self) -> Call:
         q, k = (x.transpose(1, 2) for x in self.parts(self.packed()))
@@ -117,7 +146,7 @@ def cases() -> Iterator[Case]:
             size,
             inputs.gate,
             lambda inputs=inputs: inputs.ours(False),
-            {"eager": inputs.eager} | ({"liger": inputs.liger} if liger else {}),
+            {"eager": inputs.eager} | ({"liger": inputs.liger} if liger else {}) | inputs.others(),
             claim=2.3,
             extra_bytes=0,
         )
