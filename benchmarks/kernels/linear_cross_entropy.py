@@ -25,18 +25,9 @@ MEMORY = (8192, 896, 151936)  # where the mission's 5 GB and 135 MB are measured
 ODD = (8192, 896, 151937)
 FLOOR = 1 / 1.08
 ROW_CONFIGS = [
-    RowConfig(lanes, 8, stages, threads)
-    for lanes, stages, threads in [
-        (1024, 3, 1024),
-        (1024, 4, 1024),
-        (2048, 1, 1024),
-        (2048, 3, 1024),
-        (1024, 1, 1024),
-        (1024, 1, 512),
-        (512, 4, 512),
-        (1024, 3, 512),
-        (512, 1, 256),
-    ]
+    RowConfig(lanes, 8, threads, backwards)
+    for lanes, threads in [(2048, 1024), (2048, 512), (1024, 512), (1024, 1024), (1024, 256)]
+    for backwards in (False, True)
 ]
 
 
@@ -168,7 +159,7 @@ def rows_case(vocab: int) -> Case:
         return arm
 
     others = {
-        f"{config.lanes}x{config.vec} s{config.stages} t{config.threads}": walk(config)
+        f"{config.lanes} lanes, {config.threads} threads{', back' * config.backwards}": walk(config)
         for config in ROW_CONFIGS
         if config != config_for(vocab)
     }
@@ -214,7 +205,8 @@ def cases() -> Iterable[Case]:
         target=None,
         extra_bytes=135_000_000,
     )
-    yield case(ODD, "fast", ours(ODD, mode="fast"), target=None)
+    # cuBLAS's own kernels for such a vocabulary are several times slower: the floor is that of one column less
+    yield case(ODD, "fast", ours(ODD, mode="fast"), matmuls=matmuls(MEMORY), target=None)
     yield case(MEMORY, "evaluation", evaluation(MEMORY), matmuls=matmuls(MEMORY)[:1], target=None)
     yield rows_case(QWEN[2])
     yield rows_case(LLAMA[2])

@@ -53,12 +53,12 @@ class RowConfig(NamedTuple):
 
     lanes: int
     vec: int  # neighbouring columns of a lane: 16 bytes of bf16
-    stages: int  # blocks on their way from memory at a time
     threads: int
+    backwards: bool = False
 
 
 # blocks of columns; whole vocabularies, whose rows get a multiprocessor of their own
-NARROW, WIDE = RowConfig(256, 8, 1, 256), RowConfig(1024, 8, 3, 1024)
+NARROW, WIDE = RowConfig(256, 8, 256), RowConfig(2048, 8, 1024)
 CONFIGS: dict[str, RowConfig] = {"narrow": NARROW, "wide": WIDE}
 
 
@@ -104,7 +104,7 @@ def _online_softmax(
     SMOOTHING: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    STAGES: tl.constexpr,
+    BACKWARDS: tl.constexpr,
 ) -> tl.tensor:
     """The maximum, the sum of exp2(z - maximum) and, where smoothing asks for it, the sum of z of one row."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -114,7 +114,7 @@ def _online_softmax(
     sums = tl.zeros((LANES,), tl.float32)
     # whole blocks unmasked: a mask that ends at an odd column would break 16-byte loads into single ones
     full = width // BLOCK * BLOCK
-    for start in tl.range(0, full, BLOCK, num_stages=STAGES):
+    for start in range(0, full, BLOCK):
         x = tl.load(ROW + start + cols, eviction_policy="evict_last").to(tl.float32)
         z = _scaled(x, SOFTCAP, LOGIT_SCALE)
         peak, total = _add(peak, total, z)
@@ -169,7 +169,7 @@ def _write_dlogits(
     Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    STAGES: tl.constexpr,
+    BACKWARDS: tl.constexpr,
 ) -> None:
     """Overwrites one row of logits by dlogits; `column` is the target's, outside the row where it has none."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -177,17 +177,18 @@ def _write_dlogits(
     softmax_scale = scale * (1.0 + (2.0 * Z_LOSS * LN2) * lse2)
     column = column.to(tl.int32)
     full = width // BLOCK * BLOCK
-    for start in tl.range(0, full, BLOCK, num_stages=STAGES):
-        x = tl.load(ROW + start + cols, eviction_policy="evict_first").to(tl.float32)
-        is_target = cols == column - start
-        d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
-        tl.store(ROW + start + cols, d.to(ROW.dtype.element_ty), eviction_policy="evict_first")
     if full < width:
         inside = full + cols < width
         x = tl.load(ROW + full + cols, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         is_target = cols == column - full
         d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
         tl.store(ROW + full + cols, d.to(ROW.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+    for step in range(0, full, BLOCK):
+        start = full - BLOCK - step if BACKWARDS else step
+        x = tl.load(ROW + start + cols, eviction_policy="evict_first").to(tl.float32)
+        is_target = cols == column - start
+        d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
+        tl.store(ROW + start + cols, d.to(ROW.dtype.element_ty), eviction_policy="evict_first")
 
 
 @triton.jit
@@ -223,21 +224,23 @@ def cross_entropy_kernel(
     Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    STAGES: tl.constexpr,
+    BACKWARDS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     ROW = LOGITS + row * row_stride
     target = tl.load(TARGETS + row)
     # before the reductions' barriers, and so before any thread overwrites it
     x_target = tl.load(ROW + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
-    peak, total, z_sum = _online_softmax(ROW, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC, STAGES)
+    peak, total, z_sum = _online_softmax(ROW, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC, BACKWARDS)
     lse2 = peak + tl.log2(total)
     linear = (1.0 - SMOOTHING) * _scaled(x_target, SOFTCAP, LOGIT_SCALE)
     if SMOOTHING != 0.0:
         linear += z_sum * (SMOOTHING / vocab)
     tl.store(LOSS + row, _loss(target, vocab, lse2, linear, Z_LOSS))
     scale = tl.where(target == IGNORE, 0.0, tl.load(SCALE) * LOGIT_SCALE)
-    _write_dlogits(ROW, vocab, target, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, LANES, VEC, STAGES)
+    _write_dlogits(
+        ROW, vocab, target, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, LANES, VEC, BACKWARDS
+    )
 
 
 @triton.jit
@@ -258,7 +261,7 @@ def losses_kernel(
     Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    STAGES: tl.constexpr,
+    BACKWARDS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     ROW = LOGITS + row * row_stride
@@ -266,7 +269,7 @@ def losses_kernel(
     column = target - start
     here = (column >= 0) & (column < width)
     x_target = tl.load(ROW + column, mask=here, other=0.0).to(tl.float32)
-    peak, total, z_sum = _online_softmax(ROW, width, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC, STAGES)
+    peak, total, z_sum = _online_softmax(ROW, width, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC, BACKWARDS)
     before = tl.load(PEAK + row, mask=start > 0, other=LOWEST)
     highest = tl.maximum(peak, before)
     total = total * tl.exp2(peak - highest)
@@ -302,7 +305,7 @@ def dlogits_kernel(
     Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    STAGES: tl.constexpr,
+    BACKWARDS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGETS + row)
@@ -321,12 +324,12 @@ def dlogits_kernel(
         Z_LOSS,
         LANES,
         VEC,
-        STAGES,
+        BACKWARDS,
     )
 
 
 def _walk(config: RowConfig) -> dict[str, int]:
-    return {"LANES": config.lanes, "VEC": config.vec, "STAGES": config.stages, "num_warps": warps(config)}
+    return {"LANES": config.lanes, "VEC": config.vec, "BACKWARDS": config.backwards, "num_warps": warps(config)}
 
 
 def cross_entropy_rows_(

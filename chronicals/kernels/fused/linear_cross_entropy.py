@@ -24,6 +24,7 @@ Left out: skipping negligible tiles (see cross_entropy_rows.py), class weights, 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +117,16 @@ def _by_free_memory(
     return Plan.frugal(rows, vocab, itemsize)
 
 
+def _blocks(vocab: int, columns: int) -> list[slice]:
+    """Blocks of at most `columns`; what does not fill 8 is one of its own at the end.
+
+    cuBLAS takes its slow kernels wherever a dimension is not a multiple of 16 bytes, even if the strides are.
+    """
+    aligned = vocab // 8 * 8
+    cuts = [*range(0, aligned, columns), aligned, vocab]
+    return [slice(start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
+
+
 def _logits_buffer(rows: int, columns: int, weight: Tensor) -> Tensor:
     return torch.empty(rows, _round_up(columns, ALIGNMENT), dtype=weight.dtype, device=weight.device)
 
@@ -155,7 +166,9 @@ def linear_cross_entropy_by_rows(
         return _nothing_for(dweight, add)
     buffer = _logits_buffer(chunk_rows, vocab, weight)
     h_buffer = torch.empty(chunk_rows, features, dtype=weight.dtype, device=weight.device)
-    dh_buffer = None if dhidden is None else torch.empty_like(h_buffer)
+    blocks = _blocks(vocab, vocab)
+    exact = torch.float32 if len(blocks) > 1 else weight.dtype  # two products are added up before they are rounded
+    dh_buffer = None if dhidden is None else torch.empty_like(h_buffer, dtype=exact)
     total, adding = dweight, add
     if dweight is not None and dweight.dtype != torch.float32 and chunk_rows < rows:
         total, adding = torch.empty(vocab, features, dtype=torch.float32, device=weight.device), False
@@ -164,13 +177,16 @@ def linear_cross_entropy_by_rows(
         count = part.stop - start
         h, logits = h_buffer[:count], buffer[:count, :vocab]
         gather_rows(hidden, target_rows[part], targets[part], h)
-        torch.mm(h, weight.T, out=logits)
+        for block in blocks:
+            torch.mm(h, weight[block].T, out=logits[:, block])
         cross_entropy_rows_(logits, targets[part], scale, losses[part], options)
+        for block in blocks:
+            if dh_buffer is not None:
+                matmul_into(dh_buffer[:count], block.start > 0, logits[:, block], weight[block])
+            if total is not None:
+                matmul_into(total[block], adding or start > 0, logits[:, block].T, h)
         if dhidden is not None and dh_buffer is not None:
-            dh = torch.mm(logits, weight, out=dh_buffer[:count])
-            scatter_rows(dh, target_rows[part], targets[part], dhidden)
-        if total is not None:
-            matmul_into(total, adding or start > 0, logits.T, h)
+            scatter_rows(dh_buffer[:count], target_rows[part], targets[part], dhidden)
     if dweight is not None and total is not None and total is not dweight:
         dweight.add_(total) if add else dweight.copy_(total)
 
@@ -195,10 +211,9 @@ def linear_cross_entropy_losses(
     buffer = _logits_buffer(rows, min(block_columns, vocab), weight)
     h = torch.empty(rows, features, dtype=weight.dtype, device=weight.device)
     gather_rows(hidden, target_rows, targets, h)
-    for start in range(0, vocab, block_columns):
-        block = weight[start : start + block_columns]
-        logits = torch.mm(h, block.T, out=buffer[:, : len(block)])
-        losses_of_block(logits, targets, state, start, vocab, options)
+    for block in _blocks(vocab, block_columns):
+        logits = torch.mm(h, weight[block].T, out=buffer[:, : block.stop - block.start])
+        losses_of_block(logits, targets, state, block.start, vocab, options)
     return state.losses, state.lse
 
 
@@ -230,14 +245,13 @@ def linear_cross_entropy_gradients(
     h = torch.empty(rows, features, dtype=weight.dtype, device=weight.device)
     gather_rows(hidden, target_rows, targets, h)
     dh = None if dhidden is None else torch.empty_like(h, dtype=torch.float32)
-    for start in range(0, vocab, block_columns):
-        block = weight[start : start + block_columns]
-        logits = torch.mm(h, block.T, out=buffer[:, : len(block)])
-        dlogits_of_block_(logits, targets, scale, lse, start, vocab, options)
+    for block in _blocks(vocab, block_columns):
+        logits = torch.mm(h, weight[block].T, out=buffer[:, : block.stop - block.start])
+        dlogits_of_block_(logits, targets, scale, lse, block.start, vocab, options)
         if dh is not None:
-            matmul_into(dh, start > 0, logits, block)
+            matmul_into(dh, block.start > 0, logits, weight[block])
         if dweight is not None:
-            matmul_into(dweight[start : start + block_columns], add, logits.T, h)
+            matmul_into(dweight[block], add, logits.T, h)
     if dh is not None and dhidden is not None:
         scatter_rows(dh, target_rows, targets, dhidden)
 

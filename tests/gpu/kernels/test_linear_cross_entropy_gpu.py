@@ -69,12 +69,14 @@ def exact(inputs: list[Tensor], **options: object) -> tuple[Tensor, Tensor, Tens
     return outcome(reference, [hidden.double(), weight.double(), rows, targets, scale.double()], **options)
 
 
-def assert_near(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+def assert_near(
+    found: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dtype, floor: float = 1e-30
+) -> None:
     value, gradient = TOLERANCE[dtype]
     for name, one, other, limit in zip(
         ("loss", "dhidden", "dweight"), found, expected, (value, gradient, gradient), strict=True
     ):
-        assert relative_error(one, other) < limit, name
+        assert relative_error(one, other, floor) < limit, name
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -87,6 +89,7 @@ def test_matches_float64(dtype: torch.dtype, shape: tuple[int, int, int], mode: 
         outcome(fused.linear_cross_entropy, inputs, mode=mode, reduction=reduction),
         exact(inputs, reduction=reduction),
         dtype,
+        floor=inputs[-1].item(),  # one row's loss of 1: a vocabulary of one word has exactly none
     )
 
 
@@ -285,7 +288,7 @@ def test_a_chunk_of_more_than_2_to_the_31_logits() -> None:
     whole = outcome(fused.linear_cross_entropy, inputs, mode="fast", chunk_rows=tokens)
     parts = outcome(fused.linear_cross_entropy, inputs, mode="fast", chunk_rows=2048)
     for one, other in zip(whole, parts, strict=True):
-        assert relative_error(one, other) < 3e-3
+        assert relative_error(one, other) < 1e-2  # bf16, and other kernels of cuBLAS's; a lost row would be of order 1
     losses = torch.full((tokens,), math.nan, device="cuda")
     logits = torch.mm(inputs[0], inputs[1].T)
     last = logits[-3:].double()
