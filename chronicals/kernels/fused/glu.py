@@ -9,6 +9,7 @@ With g the gate, u the up projection, a the activation and d the gradient of a(g
     dg = d u a'(g)                  du = d a(g)
 
 (docs/math/glu.md). The sigmoid in place of the tanh is the same function, without cancellation at negative g.
+P is 2 to a polynomial, as near as float32's own rounding.
 Arithmetic is float32, rounded once. Per element of b bytes the forward moves 3b; the backward reads 3b and writes 2b,
 over its own input if the caller says so, and 1b more where the product is wanted again: then the forward's need not be
 kept for the weight gradient of the projection behind it.
@@ -32,6 +33,26 @@ BLOCK, WARPS = 1024, 4  # columns of one row a program handles: two 16-byte load
 
 
 @triton.jit
+def _normal_distribution(x: tl.tensor) -> tl.tensor:
+    """P(x), float32, within 1e-7 and to 4e-4 of itself where it is small: for x <= 0 it is 2^p(-x), p a polynomial.
+
+    `tl.erf` branches on every element, which costs a fifth of the forward's speed, and 1 + erf cancels below zero.
+    """
+    far = tl.abs(x)
+    p = 3.730535240720201e-07 - 9.594897321107965e-09 * far
+    p = -5.970980964775663e-06 + p * far
+    p = 4.945310502080247e-05 + p * far
+    p = -0.0001965647388715297 + p * far
+    p = -0.00014882665709592402 + p * far
+    p = 0.0070994398556649685 + p * far
+    p = -0.052525464445352554 + p * far
+    p = -0.4591990113258362 + p * far
+    p = -1.1511061191558838 + p * far
+    tail = tl.exp2(-1.0 + p * far)
+    return tl.where(x < 0, tail, 1 - tail)
+
+
+@triton.jit
 def _activate(gate: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """The activation and its derivative, float32."""
     if ACTIVATION == "silu":
@@ -44,7 +65,7 @@ def _activate(gate: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
         value = gate * sigmoid
         slope = sigmoid + value * (1 - sigmoid) * 1.5957691216057308 * (1 + 0.134145 * square)
     else:
-        normal = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+        normal = _normal_distribution(gate)
         value = gate * normal
         slope = normal + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
     return value, slope

@@ -20,7 +20,7 @@ if torch.cuda.is_available():
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
-SHAPES = [(1, 1), (7, 33), (760, 1128), (1, 4864), (33, 1025), (2048, 4864), (1024, 14336), (513, 5120)]
+SHAPES = [(1, 17), (7, 33), (760, 1128), (1, 4864), (33, 1025), (2048, 4864), (1024, 14336), (513, 5120)]
 
 
 @pytest.fixture(autouse=True)
