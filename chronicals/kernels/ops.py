@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from chronicals.kernels.attention import varlen_attention
+from chronicals.kernels.embedding import embedding
 from chronicals.kernels.glu import glu
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy
 from chronicals.kernels.rmsnorm import rmsnorm
@@ -23,6 +24,7 @@ from chronicals.kernels.rope import rope
 class Ops:
     """One callable per op; shapes and meaning are those of the function of that name in this package."""
 
+    embedding: Callable[..., Tensor]
     rmsnorm: Callable[..., Tensor]
     rope: Callable[..., tuple[Tensor, Tensor]]
     glu: Callable[..., Tensor]
@@ -30,7 +32,7 @@ class Ops:
     linear_cross_entropy: Callable[..., Tensor]
 
 
-REFERENCE = Ops(rmsnorm, rope, glu, varlen_attention, linear_cross_entropy)
+REFERENCE = Ops(embedding, rmsnorm, rope, glu, varlen_attention, linear_cross_entropy)
 
 
 def fused(
@@ -49,9 +51,10 @@ def fused(
     Raises:
         ImportError: there is no triton here; CUDA and ROCm builds of torch bring it.
     """
-    from chronicals.kernels.fused import attention, glu, linear_cross_entropy, rmsnorm, rope
+    from chronicals.kernels.fused import attention, embedding, glu, linear_cross_entropy, rmsnorm, rope
 
     return Ops(
+        embedding=embedding.embedding,
         rmsnorm=rmsnorm.rmsnorm,
         rope=rope.rope,
         glu=glu.glu,

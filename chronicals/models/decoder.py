@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from chronicals.kernels.ops import REFERENCE, Ops
@@ -46,13 +45,14 @@ class RMSNorm(nn.Module):
 class Embedding(nn.Module):
     """Rows of a (V, H) table."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, **factory: Any) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, ops: Ops, **factory: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, **factory))
+        self.op = ops.embedding
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(T,) -> (T, H)."""
-        return F.embedding(tokens, self.weight)
+    def forward(self, tokens: Tensor, token_order: Tensor) -> Tensor:
+        """(T,), (T,) -> (T, H)."""
+        return self.op(tokens, self.weight, token_order)
 
 
 class RotaryEmbedding(nn.Module):
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config, self.ops = config, ops
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, ops, **factory)
         rotary = LongRotaryEmbedding if config.rope.type == "longrope" else RotaryEmbedding
         self.rotary_emb = rotary(config.rope, config.head_dim, device)
         self.layers = nn.ModuleList(DecoderLayer(config, i, ops, **factory) for i in range(config.num_hidden_layers))
@@ -199,7 +199,14 @@ class Decoder(nn.Module):
         """(V, H): the head's weight; the embedding's own parameter where they are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_order: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
@@ -207,11 +214,13 @@ class Decoder(nn.Module):
             positions: (T,) integers, 0 at each document's first token.
             cu_seqlens: (documents + 1,) int32, boundaries from 0 to T; unused entries repeat T.
             max_seqlen: upper bound on the documents' length.
+            token_order: (T,) int32, the slots of `tokens` sorted by token, stable; sorted here where not given.
 
         Returns:
             (T, H) in the parameters' dtype.
         """
-        x = self.embed_tokens(tokens)
+        token_order = tokens.argsort(stable=True).int() if token_order is None else token_order
+        x = self.embed_tokens(tokens, token_order)
         cos, sin = self.rotary_emb(positions, cu_seqlens)
         for layer in self.layers:
             x = self._run(layer, x, cos, sin, cu_seqlens, max_seqlen)

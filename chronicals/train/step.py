@@ -53,7 +53,7 @@ def train_step(
     guard.py."""
     loss = torch.zeros((), device=model.head_weight.device)
     for batch in window:
-        hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+        hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.token_order)
         part = loss_fn(hidden, model.head_weight, batch.target_rows, batch.targets, batch.grad_scale)
         guard.check_loss(step, part)
         part.backward()
