@@ -75,9 +75,17 @@ class Inputs:
                 (4096, 256, ""),
                 (1024, 128, "evict_first"),
                 (2048, 256, "evict_first"),
+                (2048, 128, "evict_first"),
+                (8192, 512, ""),
             )
         }
-        return {name: lambda config=config: self.ours_as(config) for name, config in tried.items()}
+        arms: dict[str, Arm] = {name: lambda config=config: self.ours_as(config) for name, config in tried.items()}
+        return arms | {"tables by token": self.by_token}
+
+    def by_token(self) -> Call:
+        packed, positions, (queries, keys, _) = self.packed(), self.positions().long(), self.heads
+        cos, sin = (table[positions] for table in self.tables())
+        return lambda: rope_qkv_(packed, cos, sin, queries, keys)
 
     def eager(self) -> Call:
         q, k = (x.transpose(1, 2) for x in self.parts(self.packed()))
