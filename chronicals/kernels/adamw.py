@@ -36,18 +36,19 @@ BLOCK = 256  # elements that share a scale
 LANES = 1024  # one Philox call serves elements e, e + LANES, e + 2 LANES and e + 3 LANES
 PHILOX_ROUNDS = 7  # the fewest that pass BigCrush (Salmon et al. 2011, table 2)
 
-# Codes are bits 20 to 30 of a float32 in (0, 1], exponent and three bits of mantissa, counted down from those of 1.0.
-_ONE = 1016  # 1.0 as such bits
-FIRST_TOP, SECOND_TOP = 127, 255  # the codes of 1.0
-FIRST_BASE, SECOND_BASE = _ONE - FIRST_TOP, _ONE - SECOND_TOP
-FIRST_SHIFT = 2.0**-16 * 1.125  # the float32 of code 0: [0, 1] is mapped to [FIRST_SHIFT, 1], so that 0 has that code
+# A code counts bits 20 to 30 of a float32, exponent and three bits of mantissa, from a base. `KEPT` keeps what rounding
+# puts above a block's largest from carrying into the next code.
+KEPT = 1 - 2.0**-20
+FIRST_BASE, FIRST_LOWEST = 896, 2.0**-15  # codes 0 .. 127 from 2^-15 to 1.875; bit 7 of the byte is the sign
+FIRST_SPAN = (1.875 - FIRST_LOWEST) * KEPT  # |m| / scale in [0, 1] is stretched over them, so that 0 has code 0
+SECOND_BASE = 1016 - 255  # codes 0 .. 255 from 1.125 * 2^-32 to 1
 
 
 @dataclass(frozen=True)
 class AdamWSlot:
     """The memory of one trained tensor; all but the scales have the weight's shape and are contiguous.
 
-    `exp_avg` and `exp_avg_sq` are float32 or bfloat16, or int8 and uint8 with `exp_avg_scale` and `exp_avg_sq_scale`
+    `exp_avg` and `exp_avg_sq` are float32 or bfloat16, or uint8 with `exp_avg_scale` and `exp_avg_sq_scale`
     (ceil(numel / BLOCK),) float32. `master` is the float32 weight that is trained where there is one; `weight` is its
     copy then. `rate` multiplies the learning rate, `decay` is the weight decay.
     """
@@ -71,16 +72,16 @@ class AdamWSlot:
         master = master and weight.dtype in (torch.bfloat16, torch.float16)
         if weight.dtype == torch.float16 and not master:
             raise ValueError("float16 weights need a float32 master; stochastic rounding is for bfloat16")
-        first, second = (torch.int8, torch.uint8) if state == "int8" else (getattr(torch, state),) * 2
+        dtype = torch.uint8 if state == "int8" else getattr(torch, state)
         if weight.dtype == torch.float64:  # the oracle
-            first = second = torch.float64
+            dtype = torch.float64
         blocks = -(-weight.numel() // BLOCK)
         scales = [weight.new_zeros(blocks, dtype=torch.float32) if state == "int8" else None for _ in range(2)]
         return cls(
             weight=weight,
             master=weight.float() if master else None,
-            exp_avg=torch.zeros_like(weight, dtype=first),
-            exp_avg_sq=torch.zeros_like(weight, dtype=second),
+            exp_avg=torch.zeros_like(weight, dtype=dtype),
+            exp_avg_sq=torch.zeros_like(weight, dtype=dtype),
             exp_avg_scale=scales[0],
             exp_avg_sq_scale=scales[1],
             rate=rate,
@@ -114,22 +115,21 @@ def adamw_reference(
     wide = torch.promote_types(weight.dtype, torch.float32)
     beta1, beta2 = betas
     bits = random_bits(weight.numel(), seed=seed, step=step, stream=stream, device=weight.device).view(weight.shape)
-    low, high = bits & 0xFFFF, bits >> 16  # the weight's and the second moment's; the first's are pairwise independent
     g = grad.to(wide) * clip_scale
     m = beta1 * _read_first(slot, wide) + (1 - beta1) * g
     v = beta2 * _read_second(slot, wide) + (1 - beta2) * g * g
     lr = lr * slot.rate
-    update = m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps) * (lr / (1 - beta1**step))
-    _write(weight, weight.to(wide) * (1 - lr * slot.decay) - update, low)
+    p, update = weight.to(wide), m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps) * (lr / (1 - beta1**step))
+    _write(weight, p - (update + p * (lr * slot.decay)), bits & 0xFFFF)
     if slot.master is not None:
         slot.weight.copy_(slot.master)
     if slot.exp_avg_scale is None or slot.exp_avg_sq_scale is None:
-        _write(slot.exp_avg, m, low ^ high)
-        _write(slot.exp_avg_sq, v, high)
+        _write(slot.exp_avg, m, bits >> 4 & 0xFFFF)
+        _write(slot.exp_avg_sq, v, bits >> 16)
     else:
         for encode, codes, scale, value, r in (
-            (encode_first, slot.exp_avg, slot.exp_avg_scale, m, low ^ high),
-            (encode_second, slot.exp_avg_sq, slot.exp_avg_sq_scale, v, high),
+            (encode_first, slot.exp_avg, slot.exp_avg_scale, m, bits & 0xFFFFF),
+            (encode_second, slot.exp_avg_sq, slot.exp_avg_sq_scale, v, bits >> 12),
         ):
             scale.copy_(block_max(value))
             codes.copy_(encode(value, scale, r))
@@ -137,6 +137,9 @@ def adamw_reference(
 
 def random_bits(numel: int, *, seed: int, step: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
     """(numel,) int64 of 32 random bits each: word k of Philox4x32 with counter (c, stream, step, 0) and key `seed`.
+
+    The weight is rounded with bits 0 to 15, the first moment with 0 to 19, the second with 12 to 31 (or the upper 16 of
+    these): of no two are the four bits that weigh most the same.
 
     Element e of tile j = e // (4 LANES) has k = (e // LANES) % 4 and c = j LANES + e % LANES, whatever block size a
     kernel works with.
@@ -180,33 +183,31 @@ def block_max(x: Tensor) -> Tensor:
 
 
 def encode_first(m: Tensor, scale: Tensor, r: Tensor) -> Tensor:
-    """int8 codes of `m`, whose sign they have; `r` as in `round_stochastically`."""
-    inverse = _inverse(scale) * (1 - FIRST_SHIFT)
-    code = _code(m.float().abs() * _spread(inverse, m) + FIRST_SHIFT, r, FIRST_BASE)
-    return torch.where(m < 0, -code, code).to(torch.int8)
+    """uint8 codes of `m`; `r` is uniform in 0 .. 2^20 - 1."""
+    size = m.float().abs() * _spread(_inverse(scale) * FIRST_SPAN, m) + FIRST_LOWEST
+    return (_code(size, r, FIRST_BASE) + torch.where(m < 0, 128, 0)).to(torch.uint8)
 
 
 def decode_first(codes: Tensor, scale: Tensor) -> Tensor:
     """float32."""
-    size = (codes.to(torch.int32).abs() + FIRST_BASE << 20).view(torch.float32) - FIRST_SHIFT
-    return torch.where(codes < 0, -size, size) * _spread(scale / (1 - FIRST_SHIFT), codes)
+    bits = codes.to(torch.int32)
+    size = ((bits & 127) + FIRST_BASE << 20).view(torch.float32) - FIRST_LOWEST
+    return torch.where(bits > 127, -size, size) * _spread(scale / FIRST_SPAN, codes)
 
 
 def encode_second(v: Tensor, scale: Tensor, r: Tensor) -> Tensor:
-    """uint8 codes of `v` >= 0; what is below 2^-32 of its block's largest has the lowest code."""
-    return _code(v.float() * _spread(_inverse(scale), v), r, SECOND_BASE).clamp(min=0).to(torch.uint8)
+    """uint8 codes of `v` >= 0; what is below 2^-32 of its block's largest has the lowest code. `r` as above."""
+    return _code(v.float() * _spread(_inverse(scale) * KEPT, v), r, SECOND_BASE).clamp(min=0).to(torch.uint8)
 
 
 def decode_second(codes: Tensor, scale: Tensor) -> Tensor:
     """float32; above 0 in every block that holds anything."""
-    return (codes.to(torch.int32) + SECOND_BASE << 20).view(torch.float32) * _spread(scale, codes)
+    return (codes.to(torch.int32) + SECOND_BASE << 20).view(torch.float32) * _spread(scale / KEPT, codes)
 
 
 def _code(x: Tensor, r: Tensor, base: int) -> Tensor:
-    """The upper bits of float32 `x` in [0, 1], rounded stochastically: adding to the bits below carries into them (but
-    not those of 1 and what rounding put a little above it)."""
-    bits = x.contiguous().view(torch.int32) + (r.to(torch.int32) << 4)
-    return (bits >> 20) - base
+    """The upper bits of float32 `x` >= 0, rounded stochastically: `r` in the bits below carries into them."""
+    return (x.contiguous().view(torch.int32) + r.to(torch.int32) >> 20) - base
 
 
 def _inverse(scale: Tensor) -> Tensor:

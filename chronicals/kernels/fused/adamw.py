@@ -26,7 +26,9 @@ from torch import Tensor
 from chronicals.kernels.adamw import (
     BLOCK,
     FIRST_BASE,
-    FIRST_SHIFT,
+    FIRST_LOWEST,
+    FIRST_SPAN,
+    KEPT,
     LANES,
     PHILOX_ROUNDS,
     SECOND_BASE,
@@ -44,8 +46,9 @@ _BLOCK = tl.constexpr(BLOCK)
 _TILE = tl.constexpr(TILE)
 _LANES = tl.constexpr(LANES)
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
-_FIRST_BASE, _FIRST_SHIFT = tl.constexpr(FIRST_BASE), tl.constexpr(FIRST_SHIFT)
-_SECOND_BASE = tl.constexpr(SECOND_BASE)
+_FIRST_BASE, _FIRST_LOWEST = tl.constexpr(FIRST_BASE), tl.constexpr(FIRST_LOWEST)
+_FIRST_SPAN, _FIRST_UNSPAN = tl.constexpr(FIRST_SPAN), tl.constexpr(1 / FIRST_SPAN)
+_SECOND_BASE, _KEPT, _UNKEPT = tl.constexpr(SECOND_BASE), tl.constexpr(KEPT), tl.constexpr(1 / KEPT)
 
 
 @triton.jit
@@ -74,73 +77,84 @@ def _one_minus_power(t: tl.tensor, LOG_BETA: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _round(x: tl.tensor, r: tl.tensor) -> tl.tensor:
-    """float32 to bfloat16, up in magnitude with probability (dropped bits) / 2^16."""
-    return ((x.to(tl.int32, bitcast=True) + r) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+def _round(x: tl.tensor, r: tl.tensor, KEEP_NAN: tl.constexpr) -> tl.tensor:
+    """float32 to bfloat16, up in magnitude with probability (dropped bits) / 2^16, which may carry NaN to zero."""
+    bits = x.to(tl.int32, bitcast=True)
+    if KEEP_NAN:
+        bits = tl.where(x == x, bits, 0x7FC00000)
+    return ((bits + r) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def _code(x: tl.tensor, r: tl.tensor, BASE: tl.constexpr) -> tl.tensor:
-    return ((x.to(tl.int32, bitcast=True) + (r << 4)) >> 20) - BASE
+def _scale(P: tl.tensor, rows: tl.tensor, mask: tl.tensor, factor: tl.constexpr) -> tl.tensor:
+    """(rows, 1): loaded as a vector, since (rows, 1) would be loaded once for each element."""
+    return (tl.load(P + rows, mask=mask, other=0) * factor)[:, None]
 
 
 @triton.jit
-def _largest(x: tl.tensor) -> tl.tensor:
-    """Per row: the largest magnitude (rows, 1), and what magnitudes are multiplied by to be at most 1."""
-    scale = tl.max(tl.abs(x), axis=1, keep_dims=True)
-    return scale, tl.where(scale > 0, 1.0 / scale, 0.0)
+def _largest(x: tl.tensor, factor: tl.constexpr) -> tl.tensor:
+    """Per row: the largest magnitude, and what takes magnitudes to `factor` at most, as (rows, 1)."""
+    scale = tl.max(tl.abs(x), axis=1)
+    return scale, tl.where(scale > 0, factor / scale, 0.0)[:, None]
 
 
 @triton.jit
 def _part(
     weight: tl.tensor, master: tl.tensor, grad: tl.tensor, first: tl.tensor, second: tl.tensor,
     first_scale: tl.tensor, second_scale: tl.tensor, part: tl.constexpr, bits: tl.tensor, left: tl.tensor,
-    clip: tl.tensor, shrink: tl.tensor, rate: tl.tensor, root: tl.tensor,
+    clip: tl.tensor, clip_second: tl.tensor, decay: tl.tensor, rate: tl.tensor, root: tl.tensor,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
     HAS_MASTER: tl.constexpr, STATE: tl.constexpr, ZERO: tl.constexpr,
 ) -> None:  # fmt: skip
     row = part * _ROWS + tl.arange(0, _ROWS)[:, None]
     at = row * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-    mask, has_row = at < left, row * _BLOCK < left
+    mask, rows = at < left, part * _ROWS + tl.arange(0, _ROWS)
+    has_row = rows * _BLOCK < left
     # zeros beyond the end, so that nothing there is a block's maximum
-    g = tl.load(grad + at, mask=mask, other=0).to(tl.float32) * clip
+    g = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
     m, v = tl.load(first + at, mask=mask, other=0), tl.load(second + at, mask=mask, other=0)
     if STATE == "int8":
-        size = ((tl.abs(m.to(tl.int32)) + _FIRST_BASE) << 20).to(tl.float32, bitcast=True) - _FIRST_SHIFT
-        m = tl.where(m < 0, -size, size) * (tl.load(first_scale + row, mask=has_row, other=0) / (1.0 - _FIRST_SHIFT))
-        v = ((v.to(tl.int32) + _SECOND_BASE) << 20).to(tl.float32, bitcast=True)
-        v *= tl.load(second_scale + row, mask=has_row, other=0)
-    m = BETA1 * m.to(tl.float32) + (1.0 - BETA1) * g
-    v = BETA2 * v.to(tl.float32) + (1.0 - BETA2) * g * g
+        m, v = m.to(tl.int32), v.to(tl.int32)
+        size = (((m & 127) | _FIRST_BASE) << 20).to(tl.float32, bitcast=True) - _FIRST_LOWEST
+        m = (size.to(tl.int32, bitcast=True) | ((m << 24) & -0x80000000)).to(tl.float32, bitcast=True)
+        m *= _scale(first_scale, rows, has_row, BETA1 * _FIRST_UNSPAN)
+        v = ((v + _SECOND_BASE) << 20).to(tl.float32, bitcast=True)
+        v *= _scale(second_scale, rows, has_row, BETA2 * _UNKEPT)
+    else:
+        m, v = BETA1 * m.to(tl.float32), BETA2 * v.to(tl.float32)
+    m += g * clip
+    scaled = g * clip_second
+    v += scaled * scaled
     trained = master if HAS_MASTER else weight
     p = tl.load(trained + at, mask=mask, other=0).to(tl.float32)
     inverse = tl.rsqrt(tl.sqrt(v) * root + EPS)  # its square: two instructions, where a division takes eight
-    p = p * shrink - m * rate * inverse * inverse
-    low, high = bits & 0xFFFF, (bits >> 16) & 0xFFFF
+    p -= p * decay  # not p (1 - decay): the rounding of that factor would add up over steps
+    p -= m * rate * inverse * inverse
     if HAS_MASTER:
         tl.store(master + at, p, mask=mask)
         tl.store(weight + at, p.to(weight.dtype.element_ty), mask=mask)
     elif weight.dtype.element_ty == tl.bfloat16:
-        rounded = _round(p, low)
-        tl.store(weight + at, tl.where(p == p, rounded, float("nan")), mask=mask)  # rounding may carry NaN to zero
+        tl.store(weight + at, _round(p, bits & 0xFFFF, True), mask=mask)
     else:
         tl.store(weight + at, p, mask=mask)
     if STATE == "int8":
-        scale, inverse = _largest(m)
-        size = _code(tl.abs(m) * (inverse * (1.0 - _FIRST_SHIFT)) + _FIRST_SHIFT, low ^ high, _FIRST_BASE)
-        tl.store(first + at, tl.where(m < 0, -size, size).to(tl.int8), mask=mask)
-        tl.store(first_scale + row, scale, mask=has_row)
-        scale, inverse = _largest(v)
-        code = tl.maximum(_code(v * inverse, high, _SECOND_BASE), 0)
-        tl.store(second + at, code.to(tl.uint8), mask=mask)
-        tl.store(second_scale + row, scale, mask=has_row)
+        scale, inverse = _largest(m, _FIRST_SPAN)
+        size = (tl.abs(m) * inverse + _FIRST_LOWEST).to(tl.int32, bitcast=True)
+        code = ((size + (bits & 0xFFFFF)) >> 20) & 127
+        tl.store(first + at, (code | ((m.to(tl.int32, bitcast=True) >> 24) & -128)).to(tl.uint8), mask=mask)
+        tl.store(first_scale + rows, scale, mask=has_row)
+        scale, inverse = _largest(v, _KEPT)
+        size = (v * inverse).to(tl.int32, bitcast=True) + ((bits >> 12) & 0xFFFFF) - (_SECOND_BASE << 20)
+        tl.store(second + at, tl.maximum(size >> 20, 0).to(tl.uint8), mask=mask)
+        tl.store(second_scale + rows, scale, mask=has_row)
     elif STATE == "bfloat16":
-        tl.store(first + at, _round(m, low ^ high), mask=mask)
-        tl.store(second + at, _round(v, high), mask=mask)
+        tl.store(first + at, _round(m, (bits >> 4) & 0xFFFF, False), mask=mask)
+        tl.store(second + at, _round(v, (bits >> 16) & 0xFFFF, False), mask=mask)
     else:
         tl.store(first + at, m, mask=mask)
         tl.store(second + at, v, mask=mask)
     if ZERO:
+        tl.debug_barrier()  # the thread that stores an element need not be the one that loads it
         tl.store(grad + at, tl.zeros_like(g).to(grad.dtype.element_ty), mask=mask)
 
 
@@ -161,6 +175,7 @@ def adamw_kernel(
     BETA2: tl.constexpr,
     LOG_BETA1: tl.constexpr,
     LOG_BETA2: tl.constexpr,
+    ROOT_BETA2: tl.constexpr,  # of 1 - BETA2
     EPS: tl.constexpr,
     WEIGHT_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
@@ -182,19 +197,16 @@ def adamw_kernel(
                 at = part * _LANES + tl.arange(0, _LANES)
                 tl.store(grad + at, tl.zeros((_LANES,), GRAD_DTYPE), mask=at < left)
     else:
-        FIRST_DTYPE: tl.constexpr = (
-            tl.float32 if STATE == "float32" else (tl.bfloat16 if STATE == "bfloat16" else tl.int8)
-        )
-        SECOND_DTYPE: tl.constexpr = tl.uint8 if STATE == "int8" else FIRST_DTYPE
+        KIND: tl.constexpr = tl.float32 if STATE == "float32" else (tl.bfloat16 if STATE == "bfloat16" else tl.uint8)
         weight = _pointer(ADDRESSES, 0, tensor, tensors, start, WEIGHT_DTYPE, ALIGNED)
         master = _pointer(ADDRESSES, 1, tensor, tensors, start, tl.float32, ALIGNED)
-        first = _pointer(ADDRESSES, 3, tensor, tensors, start, FIRST_DTYPE, ALIGNED)
-        second = _pointer(ADDRESSES, 4, tensor, tensors, start, SECOND_DTYPE, ALIGNED)
+        first = _pointer(ADDRESSES, 3, tensor, tensors, start, KIND, ALIGNED)
+        second = _pointer(ADDRESSES, 4, tensor, tensors, start, KIND, ALIGNED)
         first_scale = _pointer(ADDRESSES, 5, tensor, tensors, start // _BLOCK, tl.float32, False)
         second_scale = _pointer(ADDRESSES, 6, tensor, tensors, start // _BLOCK, tl.float32, False)
         step, clip = tl.load(STEP), tl.load(CLIP)
         lr = tl.load(LR) * tl.load(RATES + tensor)
-        shrink = 1.0 - lr * tl.load(RATES + tensors + tensor)
+        decay = lr * tl.load(RATES + tensors + tensor)
         rate = lr / _one_minus_power(step, LOG_BETA1)
         root = tl.rsqrt(_one_minus_power(step, LOG_BETA2))
         stream = tl.load(STREAMS + tensor)
@@ -202,7 +214,10 @@ def adamw_kernel(
         zero = lane * 0
         w0, w1, w2, w3 = zero, zero, zero, zero
         if STATE != "float32" or (tl.bfloat16 == WEIGHT_DTYPE and not HAS_MASTER):
-            counter = (tile * _LANES).to(tl.int32) + lane
+            # reads nothing: a load settles the layout of what is made from it, or Philox would run once for each of two
+            anchor = tl.load(weight + lane, mask=lane < 0, other=0).to(tl.int32)
+            counter = (tile * _LANES).to(tl.int32) + lane + anchor
+            zero = counter * 0
             c0, c1, c2, c3 = tl.philox(seed, counter, zero + stream, zero + step.to(tl.int32), zero, n_rounds=_ROUNDS)
             w0, w1 = c0.to(tl.int32, bitcast=True), c1.to(tl.int32, bitcast=True)
             w2, w3 = c2.to(tl.int32, bitcast=True), c3.to(tl.int32, bitcast=True)
@@ -210,7 +225,7 @@ def adamw_kernel(
             bits = w0 if part == 0 else (w1 if part == 1 else (w2 if part == 2 else w3))
             _part(
                 weight, master, grad, first, second, first_scale, second_scale,
-                part, bits, left, clip, shrink, rate, root,
+                part, bits, left, clip * (1.0 - BETA1), clip * ROOT_BETA2, decay, rate, root,
                 BETA1, BETA2, EPS, HAS_MASTER, STATE, ZERO,
             )  # fmt: skip
 
@@ -225,6 +240,7 @@ def constexprs(
         "BETA2": betas[1],
         "LOG_BETA1": math.log(max(betas[0], 1e-30)),
         "LOG_BETA2": math.log(max(betas[1], 1e-30)),
+        "ROOT_BETA2": math.sqrt(1 - betas[1]),
         "EPS": eps,
         "WEIGHT_DTYPE": TRITON_DTYPES[slot.weight.dtype],
         "GRAD_DTYPE": TRITON_DTYPES[grad],
@@ -235,11 +251,11 @@ def constexprs(
     }
 
 
-def num_warps(slot: AdamWSlot) -> int:
-    """Of a program. Where all is 16 bits or fewer, a thread has 8 elements and a warp a block of 8-bit moments; where
-    something is float32 it has 4, the most of one access: with more, layouts would be converted in shared memory."""
-    wide = torch.float32 in (slot.weight.dtype, slot.exp_avg.dtype) or slot.master is not None
-    return 8 if wide else 4
+def launch_options(slot: AdamWSlot, grad: torch.dtype) -> dict[str, int]:
+    """Where all is 16 bits or fewer, a thread has 8 elements and a warp a block of 8-bit moments; where something is
+    float32 it has 4, the most of one access: with more, layouts would be converted in shared memory."""
+    wide = torch.float32 in (slot.weight.dtype, slot.exp_avg.dtype, grad) or slot.master is not None
+    return {"num_warps": 8 if wide else 4}
 
 
 class FusedAdamW:
@@ -296,7 +312,7 @@ class FusedAdamW:
                         self.slots[group.members[0]], dtype,
                         betas=self.betas, eps=self.eps, zero=zero_grads, aligned=group.aligned,
                     ),
-                    num_warps=num_warps(self.slots[group.members[0]]),
+                    **launch_options(self.slots[group.members[0]], dtype),
                 )  # fmt: skip
 
 

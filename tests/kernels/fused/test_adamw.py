@@ -20,7 +20,7 @@ SIGNATURE = TABLES | SCALARS | {"RATES": "*fp32", "STREAMS": "*i32", "seed": "i6
 def compiled(weight: torch.dtype, state: str, master: bool, grad: torch.dtype, *, targets: object, **options: bool):  # type: ignore[no-untyped-def]
     slot = AdamWSlot.of(torch.zeros(16, dtype=weight), state=state, master=master)
     constexprs = adamw.constexprs(slot, grad, betas=(0.9, 0.999), eps=1e-8, **options)
-    return compile_all(adamw.adamw_kernel, SIGNATURE, constexprs, num_warps=adamw.num_warps(slot), targets=targets)
+    return compile_all(adamw.adamw_kernel, SIGNATURE, constexprs, **adamw.launch_options(slot, grad), targets=targets)
 
 
 @pytest.mark.parametrize(
