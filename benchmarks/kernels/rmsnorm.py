@@ -177,19 +177,19 @@ def backward_case(op: str, shape: str, size: int, make: Make) -> Case:
 
 # other configurations of the add's kernels, timed beside the chosen one: (rows, warps, programs, stages)
 CANDIDATES = {
-    ("FORWARD", 896): [(1, 4), (2, 4), (4, 8), (8, 8), (1, 1), (2, 2)],
-    ("FORWARD", 4096): [(1, 4), (1, 16), (2, 8), (2, 16)],
+    ("FORWARD", 5120): [(1, 4), (1, 8)],
     ("BACKWARD", 896): [
-        (4, 8, 3),
-        (4, 8, 4),
-        (4, 8, 2, 2),
         (4, 8, 2, 3),
-        (2, 4, 4),
-        (2, 4, 4, 2),
-        (2, 4, 6),
-        (8, 16, 1),
+        (4, 8, 2, 4),
+        (4, 8, 2, 5),
+        (2, 4, 4, 3),
+        (2, 4, 4, 5),
+        (2, 4, 3, 4),
+        (2, 4, 3, 6),
+        (2, 4, 2, 6),
     ],
-    ("BACKWARD", 4096): [(1, 8, 3), (1, 8, 4), (1, 8, 2, 2), (1, 8, 2, 3), (1, 16, 1, 3), (1, 16, 2), (2, 16, 1, 2)],
+    ("BACKWARD", 4096): [(1, 8, 2, 3), (1, 8, 2, 5), (1, 16, 1, 4), (1, 16, 1, 6), (1, 16, 1, 8)],
+    ("BACKWARD", 5120): [(1, 16, 1, 2), (1, 16, 1, 4), (1, 16, 1, 5), (1, 8, 1, 3), (1, 8, 1, 4)],
 }
 
 
@@ -210,6 +210,16 @@ def candidates(table: str, hidden: int, make: Make, ours: Callable[[Tensors], Te
     return {"/".join(map(str, config)): arm(make, under(config)) for config in CANDIDATES.get((table, hidden), [])}
 
 
+def overlapping(t: Tensors) -> Tensors:
+    from chronicals.kernels.fused import rmsnorm as fused
+
+    fused.overlap = True
+    try:
+        return ours_backward(t)
+    finally:
+        fused.overlap = False
+
+
 def without_reduction(t: Tensors) -> Tensors:
     from chronicals.kernels.fused.rmsnorm import rmsnorm_backward
 
@@ -221,11 +231,13 @@ def cases() -> Iterable[Case]:
     for case in chosen_cases():
         rows, hidden = map(int, case.shape.split(" x ")[:2]) if "+" not in case.shape else (0, 0)
         extra: dict[str, Arm] = {}
-        if case.op == "add_rmsnorm" and case.direction == "forward":
-            extra = candidates("FORWARD", hidden, partial(make, rows, hidden), ours_add_forward)
-        if case.op == "add_rmsnorm" and case.direction == "backward":
-            saved = lambda rows=rows, hidden=hidden: with_rstd(make(rows, hidden), residual=True)  # noqa: E731
+        if case.op == "rmsnorm" and case.direction == "forward":
+            extra = candidates("FORWARD", hidden, partial(make, rows, hidden), ours_forward)
+        if case.op.endswith("rmsnorm") and case.direction == "backward":
+            add = case.op == "add_rmsnorm"
+            saved = lambda rows=rows, hidden=hidden, add=add: with_rstd(make(rows, hidden), residual=add)  # noqa: E731
             extra = candidates("BACKWARD", hidden, saved, ours_backward)
+            extra["overlap"] = arm(saved, overlapping)
             extra["without reduction"] = arm(saved, without_reduction)
         yield replace(case, peers={**case.peers, **extra})
 

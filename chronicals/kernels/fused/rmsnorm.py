@@ -96,6 +96,7 @@ def rmsnorm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     program = tl.program_id(0).to(tl.int64)
     first = (program * rows // tl.num_programs(0)).to(tl.int32)
@@ -119,6 +120,8 @@ def rmsnorm_backward_kernel(
         tl.store(DX + token * dx_stride + head * dx_head + cols, dx.to(DX.dtype.element_ty), mask=mask)
         if PARTIAL is not None:
             d_weight += dy * normed
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     if PARTIAL is not None:
         sums = tl.sum(d_weight, axis=0, keep_dims=True)
         tl.store(PARTIAL + program * hidden + cols, sums, mask=cols < hidden)
@@ -132,7 +135,10 @@ def reduce_partials_kernel(
     hidden: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     norm = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -150,10 +156,11 @@ class Config(NamedTuple):
     rows: int  # a tile holds; a program of the forward has one tile, one of the backward many
     warps: int
     programs: int = 0  # of a multiprocessor, in the backward
-    stages: int = 1  # tiles loaded ahead, in the backward
+    stages: int = 1  # of the backward's loads: one less tile than this waits in shared memory
 
 
-REDUCE = Config(rows=512, warps=8)
+REDUCE = Config(rows=1024, warps=16)
+overlap = False  # whether the reduction's launch overlaps the backward's end (programmatic dependent launch)
 REDUCE_BLOCK = 16  # columns: 64 bytes of a row, so that even 896 columns are 56 programs
 
 # by the width of a tile: the least that holds a row
@@ -164,16 +171,16 @@ FORWARD = {
     1024: Config(4, 4),
     2048: Config(2, 4),
     4096: Config(1, 8),
-    8192: Config(1, 8),
+    8192: Config(1, 16),
 }
 BACKWARD = {
     64: Config(32, 4, 4),
     128: Config(16, 4, 4),
     256: Config(8, 4, 4),
-    1024: Config(4, 8, 2),
-    2048: Config(2, 8, 2),
-    4096: Config(1, 8, 2),
-    8192: Config(1, 16, 1),
+    1024: Config(2, 4, 4, 4),
+    2048: Config(1, 4, 4, 4),
+    4096: Config(1, 8, 2, 4),
+    8192: Config(1, 16, 1, 3),
 }
 
 
@@ -188,10 +195,19 @@ def block_for(hidden: int) -> int:
     return min(block for block in FORWARD if block >= hidden)
 
 
+def stages_for(config: Config, bytes_a_row: int, shared: int) -> int:
+    """The stages of a backward that loads `bytes_a_row` of a tile, padding included, where a program has `shared`."""
+    spare = shared - 16 * 1024  # what reductions take
+    return max(1, min(config.stages, 1 + spare // (config.rows * bytes_a_row)))
+
+
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    # under the interpreter, which is on the CPU: enough for rows to be shared out
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def _device(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a program may have."""
+    if device.type != "cuda":  # the interpreter: enough for rows to be shared out
+        return 2, 2**16
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -348,8 +364,9 @@ def rmsnorm_backward(
     residual = None if d_residual is None else _rows(d_residual)
     block = block_for(hidden)
     config = BACKWARD[block]
-    tiles = triton.cdiv(tokens * heads, config.rows)
-    programs = max(1, min(config.programs * _multiprocessors(x.device), tiles))
+    multiprocessors, shared = _device(x.device)
+    programs = max(1, min(config.programs * multiprocessors, triton.cdiv(tokens * heads, config.rows)))
+    loaded = [tensor.element_size() for tensor in (d_rows, rows, residual) if tensor is not None]
     partial = torch.empty(programs, hidden, dtype=torch.float32, device=x.device) if weight_grad else None
     rmsnorm_backward_kernel[(programs,)](
         d_rows,
@@ -372,7 +389,8 @@ def rmsnorm_backward(
         HEADS=heads,
         ROWS=config.rows,
         BLOCK=block,
-        STAGES=config.stages,
+        STAGES=stages_for(config, block * sum(loaded), shared),
+        OVERLAP=overlap,
         num_warps=config.warps,
     )
     return dx, partial
@@ -394,7 +412,15 @@ def reduce_partials(partials: Tensor, dtype: torch.dtype, *, out: Tensor | None 
     assert partials.is_contiguous() and out.is_contiguous() and out.dtype == dtype
     grid = (triton.cdiv(hidden, REDUCE_BLOCK), out.numel() // hidden)
     reduce_partials_kernel[grid](
-        partials, out, programs, hidden, ROWS=REDUCE.rows, BLOCK=REDUCE_BLOCK, num_warps=REDUCE.warps
+        partials,
+        out,
+        programs,
+        hidden,
+        ROWS=REDUCE.rows,
+        BLOCK=REDUCE_BLOCK,
+        OVERLAP=overlap,
+        num_warps=REDUCE.warps,
+        **({"launch_pdl": True} if overlap else {}),
     )
     return out
 

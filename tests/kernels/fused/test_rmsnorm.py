@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chronicals.kernels.fused import rmsnorm as fused
-from tests.kernels.aot import compile_all
+from tests.kernels.aot import TARGETS, compile_all
 
 FORWARD = {
     **dict.fromkeys(("X", "DELTA", "SUM", "Y", "WEIGHT"), "*bf16"),
@@ -49,21 +49,24 @@ def test_backward_compiles(block: int) -> None:
     heads = block <= HEADS_UP_TO
     config = fused.BACKWARD[block]
     signature, absent = without(BACKWARD, *(("D_RESIDUAL",) if heads else ()))
-    compiled = compile_all(
-        fused.rmsnorm_backward_kernel,
-        signature,
-        {
-            **absent,
-            "OFFSET": 0.0,
-            "HEADS": 14 if heads else 1,
-            "ROWS": config.rows,
-            "BLOCK": block,
-            "STAGES": config.stages,
-        },
-        num_warps=config.warps,
-    )
-    assert not any(one.stack for one in compiled.values())
-    assert "ld.global.v4" in compiled["sm_90"].assembly
+    flags = {
+        **absent,
+        "OFFSET": 0.0,
+        "HEADS": 14 if heads else 1,
+        "ROWS": config.rows,
+        "BLOCK": block,
+        "OVERLAP": False,
+    }
+    for name, (target, shared) in TARGETS.items():
+        stages = fused.stages_for(config, block * (4 if heads else 6), shared)
+        (compiled,) = compile_all(
+            fused.rmsnorm_backward_kernel,
+            signature,
+            {**flags, "STAGES": stages},
+            num_warps=config.warps,
+            targets={name: (target, shared)},
+        ).values()
+        assert not compiled.stack
 
 
 def test_the_other_forms_compile() -> None:
@@ -79,6 +82,6 @@ def test_the_other_forms_compile() -> None:
     compile_all(
         fused.reduce_partials_kernel,
         {"PARTIAL": "*fp32", "OUT": "*bf16", "programs": "i32", "hidden": "i32:16"},
-        {"ROWS": fused.REDUCE.rows, "BLOCK": fused.REDUCE_BLOCK},
+        {"ROWS": fused.REDUCE.rows, "BLOCK": fused.REDUCE_BLOCK, "OVERLAP": False},
         num_warps=fused.REDUCE.warps,
     )
