@@ -206,8 +206,8 @@ def _device(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a program may have."""
     if device.type != "cuda":  # the interpreter: enough for rows to be shared out
         return 2, 2**16
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return properties["multiprocessor_count"], properties["max_shared_mem"]
 
 
 def _rows(x: Tensor) -> Tensor:
