@@ -86,7 +86,8 @@ class RopeConfig:
             case "yarn":
                 return self._yarn(plain, 1.0 / (self._given("factor") * wavelengths), head_dim)
         assert self.type == "longrope", self.type
-        return 1.0 / (torch.tensor(self._given("long_factor" if long else "short_factor")) * wavelengths)
+        factors = self._given("long_factor" if long else "short_factor")
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * wavelengths)
 
     @property
     def attention_scaling(self) -> float:

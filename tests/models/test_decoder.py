@@ -98,3 +98,24 @@ def test_half_precision_follows_float32(tmp_path: Path) -> None:
         full, half = (load_model(tmp_path, dtype=dtype)(*inputs) for dtype in (torch.float32, torch.bfloat16))
     assert half.dtype == torch.bfloat16
     assert ((half.float() - full).norm() / full.norm()).item() < 0.1
+
+
+def test_long_rope_keeps_both_sets_of_frequencies() -> None:
+    factors = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+    model = built(rope_parameters={"rope_type": "longrope", "factor": 4.0, **factors}, max_position_embeddings=64)
+    frequencies = model.rotary_emb.inv_freq.clone()
+    assert frequencies.shape == (2, 8)
+    assert torch.equal(model.to(torch.bfloat16).rotary_emb.inv_freq, frequencies)
+    with torch.device("meta"):
+        empty = Decoder(model.config)
+    assert torch.equal(empty.to_empty(device="cpu").rotary_emb.inv_freq, frequencies)
+
+
+def test_the_order_of_tokens_is_the_batchs_or_made_here() -> None:
+    tokens, positions, cu_seqlens, max_seqlen = packed(documents(1000))
+    made, given = built(), built()
+    made(tokens, positions, cu_seqlens, max_seqlen).square().sum().backward()
+    order = tokens.argsort(stable=True).int()
+    given(tokens, positions, cu_seqlens, max_seqlen, order).square().sum().backward()
+    assert torch.equal(made.embed_tokens.weight.grad, given.embed_tokens.weight.grad)
+    assert set(made.embed_tokens.weight.grad.abs().sum(1).nonzero().flatten().tolist()) == set(tokens.tolist())
