@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from benchmarks.kernels.harness import Arm, Call, Case, assert_no_worse, installed
@@ -80,7 +82,19 @@ class Inputs:
             )
         }
         arms: dict[str, Arm] = {name: lambda config=config: self.ours_as(config) for name, config in tried.items()}
+        arms |= {
+            f"whole heads {elements}/{threads}": lambda e=elements, t=threads: self.whole_heads(e, t)
+            for elements, threads in ((1024, 128), (2048, 128), (2048, 256), (4096, 256))
+        }
         return arms | {"tables by token": self.by_token}
+
+    def whole_heads(self, elements: int, threads: int) -> Call:
+        packed, (cos, sin), positions = self.packed(), self.tables(), self.positions()
+        heads, rows = sum(self.heads[:2]), elements // self.width
+        grid = (self.tokens * heads // rows,)
+        return lambda: whole_heads_kernel[grid](
+            packed, cos, sin, positions, packed.stride(0), heads, self.width // 2, rows, num_warps=threads // 32
+        )
 
     def by_token(self) -> Call:
         packed, positions, (queries, keys, _) = self.packed(), self.positions().long(), self.heads
@@ -127,6 +141,31 @@ class Inputs:
             assert_no_worse(ours, once, dict(zip("qk", exact, strict=True)))
             values = sum(self.heads[:2]) * self.width
             assert torch.equal(turned[:, values:], packed[:, values:]), "v was touched"
+
+
+@triton.jit
+def whole_heads_kernel(
+    QKV: tl.tensor,
+    COS: tl.tensor,
+    SIN: tl.tensor,
+    POSITIONS: tl.tensor,
+    stride: tl.tensor,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """Each element loads its partner too, so that a head is one line of memory in every access; whole blocks only."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    side, pair = tl.arange(0, 2)[None, :, None], tl.arange(0, HALF)[None, None, :]
+    token = (row // HEADS).to(tl.int64)
+    base = (QKV + token * stride + (row % HEADS) * (2 * HALF))[:, None, None]
+    at = (tl.load(POSITIONS + token).to(tl.int64) * HALF)[:, None, None] + side * 0 + pair
+    x = tl.load(base + side * HALF + pair).to(tl.float32)
+    partner = tl.load(base + (1 - side) * HALF + pair).to(tl.float32)
+    sin = tl.load(SIN + at)
+    turned = x * tl.load(COS + at) + partner * tl.where(side == 0, -sin, sin)
+    tl.debug_barrier()
+    tl.store(base + side * HALF + pair, turned.to(QKV.dtype.element_ty))
 
 
 def transformers_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
