@@ -70,7 +70,7 @@ def test_backward_compiles(block: int) -> None:
 
 
 def test_the_other_forms_compile() -> None:
-    """Recomputing, in float32 and unaligned; and the sum of the partial gradients."""
+    """Recomputing, in float32 and unaligned; the widest backward in float32; and the sum of the partial gradients."""
     config = fused.FORWARD[1024]
     signature, absent = without(FORWARD, "DELTA", "SUM")
     compile_all(
@@ -79,6 +79,16 @@ def test_the_other_forms_compile() -> None:
         {**absent, "EPS": 0.0, "OFFSET": 1.0, "HEADS": 1, "KNOWN": True, "ROWS": config.rows, "BLOCK": 1024},
         num_warps=config.warps,
     )
+    wide, tile = fused.BACKWARD[8192], 8192 * 3 * 4
+    for name, (target, shared) in TARGETS.items():
+        flags = {"OFFSET": 0.0, "HEADS": 1, "ROWS": wide.rows, "BLOCK": 8192, "OVERLAP": False}
+        compile_all(
+            fused.rmsnorm_backward_kernel,
+            {argument: kind.replace("*bf16", "*fp32") for argument, kind in BACKWARD.items()},
+            {**flags, "STAGES": fused.stages_for(wide, tile, shared)},
+            num_warps=wide.warps,
+            targets={name: (target, shared)},
+        )
     compile_all(
         fused.reduce_partials_kernel,
         {"PARTIAL": "*fp32", "OUT": "*bf16", "programs": "i32", "hidden": "i32:16"},
