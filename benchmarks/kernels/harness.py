@@ -58,6 +58,7 @@ class Case:
     claim: float | None = None  # the mission's ratio to eager
     extra_bytes: int | None = None  # of memory beside inputs and outputs that the op may use
     at_least: Mapping[str, float] = field(default_factory=dict)  # peer -> how many times faster ours must be
+    at_most: float | None = None  # seconds of one call, where a published figure of this very machine is to be met
     graph: bool = True
 
 

@@ -73,6 +73,8 @@ def _numbers(case: Case, matmul_seconds: dict[tuple[int, int, int], float]) -> d
         for peer, least in case.at_least.items()
         if peer in ratios and ratios[peer] < least
     ]
+    if case.at_most is not None and ours > case.at_most:
+        misses.append(f"{1e6 * ours:.1f} us, at most {1e6 * case.at_most:.1f}")
     if case.extra_bytes is not None and extra > case.extra_bytes:
         misses.append(f"{extra:,} extra bytes, limit {case.extra_bytes:,}")
     return {

@@ -95,10 +95,11 @@ def test_a_row_has_floor_ratios_and_limits() -> None:
 
 @pytest.mark.usefixtures("clock")
 def test_misses_are_told() -> None:
-    row = run.measure(case(target=0.95, at_least={"liger": 2.0, "absent": 9.0}, extra_bytes=999), {})
+    row = run.measure(case(target=0.95, at_least={"liger": 2.0, "absent": 9.0}, extra_bytes=999, at_most=9.5), {})
     assert row["misses"] == [
         "90.0% of the floor's speed, target 95.0%",
         "1.20x liger, target 2.00x",
+        "10000000.0 us, at most 9500000.0",
         "1,000 extra bytes, limit 999",
     ]
     assert "MISSES" in run.told(row)
