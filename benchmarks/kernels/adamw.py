@@ -73,19 +73,21 @@ def gate(name: str) -> None:
                 assert off.double().mean() <= 1e-3, f"{piece} of tensor {i}: {off.double().mean():.2%} differ"
 
 
-def ours(name: str, **options: int) -> Arm:
-    """The update; `options` of the launch instead of the chosen ones."""
+def ours(name: str, tile: int = fused.TILE, **options: int) -> Arm:
+    """The update; with another tile, or with `options` of the launch instead of the chosen ones."""
 
     def arm() -> Call:
         slots, grads = make(name, SHAPES)
+        chosen = fused.launch_options, fused.TILE
+        fused.TILE = tile
         update, values = fused.FusedAdamW(slots, betas=BETAS, eps=EPS), scalars()
-        chosen = fused.launch_options
 
         def call() -> None:
-            fused.launch_options = (lambda slot, grad: options) if options else chosen
+            fused.launch_options, fused.TILE = ((lambda slot, grad: options) if options else chosen[0]), tile
             update.step(grads, *values)
-            fused.launch_options = chosen
+            fused.launch_options, fused.TILE = chosen
 
+        fused.TILE = chosen[1]
         return call
 
     return arm
@@ -152,9 +154,12 @@ def foreach_norm(dtype: torch.dtype) -> Arm:
 def cases() -> Iterator[Case]:
     elements = sum(torch.Size(shape).numel() for shape in SHAPES)
     for name, (_, state, _, grad) in FORMATS.items():
-        peers = {f"{warps} warps": ours(name, num_warps=warps) for warps in (4, 8)}
+        peers = {
+            f"{tile}, {warps} warps": ours(name, tile, num_warps=warps) for tile in (4096, 16384) for warps in (4, 8)
+        }
         if state != "float32":
-            peers |= {f"4 warps of {n} registers": ours(name, num_warps=4, maxnreg=n) for n in (80, 72, 64)}
+            for tile in (4096, 16384):
+                peers |= {f"{tile}, 4 of {n}": ours(name, tile, num_warps=4, maxnreg=n) for n in (96, 80, 64)}
         if state != "int8" and not (state == "bfloat16" and grad == FP32):
             peers = {"torch fused": torch_fused(name), **peers}
         yield Case(

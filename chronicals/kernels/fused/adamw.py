@@ -6,8 +6,8 @@ with 8-bit moments, 28 with a float32 master and moments and bfloat16 gradients 
 and step are read from the device, so that a captured graph follows the schedule; where `written` is 0 nothing is
 written but zeros into the gradients.
 
-A program works on `4 LANES` consecutive elements of one tensor in four parts, one for each word of a Philox call. A
-part is (rows, BLOCK) elements, so that a row is a block of 8-bit moments. Tensors whose size is not a multiple of 16,
+A program works on `TILE` consecutive elements of one tensor, `LANES` at a time: one for each word of a Philox call.
+A part is (rows, BLOCK) elements, so that a row is a block of 8-bit moments. Tensors whose size is not a multiple of 16,
 or that share a table with an unaligned address, go element by element: right, and slow. Left out: float16 moments;
 tensors that are not contiguous.
 """
@@ -36,14 +36,13 @@ from chronicals.kernels.adamw import (
 )
 from chronicals.kernels.fused.pointers import PointerTable
 
-TILE = 4 * LANES
+TILE = 16 * LANES  # of a program: four Philox calls, so that its start, a chain of loads, costs little
 # rows of the table of addresses
 WEIGHT, MASTER, GRAD, FIRST, SECOND, FIRST_SCALE, SECOND_SCALE = range(7)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 _ROWS = tl.constexpr(LANES // BLOCK)
 _BLOCK = tl.constexpr(BLOCK)
-_TILE = tl.constexpr(TILE)
 _LANES = tl.constexpr(LANES)
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 _FIRST_BASE, _FIRST_LOWEST = tl.constexpr(FIRST_BASE), tl.constexpr(FIRST_LOWEST)
@@ -70,9 +69,9 @@ def _pointer(
 def _one_minus_power(t: tl.tensor, LOG_BETA: tl.constexpr) -> tl.tensor:
     """1 - beta^t without the cancellation that costs a float32 its digits where beta^t is near 1."""
     x = t * LOG_BETA
-    series = 1.0 + x / 8.0
+    series = 1.0 + x * (1.0 / 8.0)
     for i in tl.static_range(6):
-        series = 1.0 + x / (7.0 - i) * series
+        series = 1.0 + x * (1.0 / (7.0 - i)) * series
     return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
 
 
@@ -126,7 +125,7 @@ def _part(
     scaled = g * clip_second
     v += scaled * scaled
     trained = master if HAS_MASTER else weight
-    p = tl.load(trained + at, mask=mask, other=0).to(tl.float32)
+    p = tl.load(trained + at, mask=mask).to(tl.float32)
     inverse = tl.rsqrt(tl.sqrt(v) * root + EPS)  # its square: two instructions, where a division takes eight
     p -= p * decay  # not p (1 - decay): the rounding of that factor would add up over steps
     p -= m * rate * inverse * inverse
@@ -183,17 +182,18 @@ def adamw_kernel(
     HAS_MASTER: tl.constexpr,
     ZERO: tl.constexpr,
     ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     program = tl.program_id(0).to(tl.int64)
     tensor, tile = tl.load(TILES + 2 * program), tl.load(TILES + 2 * program + 1).to(tl.int64)
-    start = tile * _TILE
-    left = tl.minimum(tl.load(SIZES + tensor) - start, _TILE).to(tl.int32)
+    start = tile * TILE
+    left = tl.minimum(tl.load(SIZES + tensor) - start, TILE).to(tl.int32)
     if ALIGNED:
         left = tl.multiple_of(left, 16)  # or masks of unknown length would stop vectorised access
     grad = _pointer(ADDRESSES, 2, tensor, tensors, start, GRAD_DTYPE, ALIGNED)
     if tl.load(WRITTEN) == 0:
         if ZERO:
-            for part in tl.static_range(4):
+            for part in range(TILE // _LANES):
                 at = part * _LANES + tl.arange(0, _LANES)
                 tl.store(grad + at, tl.zeros((_LANES,), GRAD_DTYPE), mask=at < left)
     else:
@@ -211,23 +211,27 @@ def adamw_kernel(
         root = tl.rsqrt(_one_minus_power(step, LOG_BETA2))
         stream = tl.load(STREAMS + tensor)
         lane = tl.arange(0, _ROWS)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-        zero = lane * 0
-        w0, w1, w2, w3 = zero, zero, zero, zero
-        if STATE != "float32" or (tl.bfloat16 == WEIGHT_DTYPE and not HAS_MASTER):
-            # reads nothing: a load settles the layout of what is made from it, or Philox would run once for each of two
-            anchor = tl.load(weight + lane, mask=lane < 0, other=0).to(tl.int32)
-            counter = (tile * _LANES).to(tl.int32) + lane + anchor
-            zero = counter * 0
-            c0, c1, c2, c3 = tl.philox(seed, counter, zero + stream, zero + step.to(tl.int32), zero, n_rounds=_ROUNDS)
-            w0, w1 = c0.to(tl.int32, bitcast=True), c1.to(tl.int32, bitcast=True)
-            w2, w3 = c2.to(tl.int32, bitcast=True), c3.to(tl.int32, bitcast=True)
-        for part in tl.static_range(4):
-            bits = w0 if part == 0 else (w1 if part == 1 else (w2 if part == 2 else w3))
-            _part(
-                weight, master, grad, first, second, first_scale, second_scale,
-                part, bits, left, clip * (1.0 - BETA1), clip * ROOT_BETA2, decay, rate, root,
-                BETA1, BETA2, EPS, HAS_MASTER, STATE, ZERO,
-            )  # fmt: skip
+        for i in range(TILE // (4 * _LANES)):
+            at = i * 4 * _LANES
+            w0, w1, w2, w3 = lane, lane, lane, lane
+            if STATE != "float32" or (tl.bfloat16 == WEIGHT_DTYPE and not HAS_MASTER):
+                # reads nothing: a load settles the layout of what is made from it, or Philox would run for two layouts
+                anchor = tl.load(weight + lane, mask=lane < 0, other=0).to(tl.int32)
+                counter = ((tile * (TILE // 4)).to(tl.int32) + i * _LANES) + lane + anchor
+                zero = counter * 0
+                c0, c1, c2, c3 = tl.philox(
+                    seed, counter, zero + stream, zero + step.to(tl.int32), zero, n_rounds=_ROUNDS
+                )
+                w0, w1 = c0.to(tl.int32, bitcast=True), c1.to(tl.int32, bitcast=True)
+                w2, w3 = c2.to(tl.int32, bitcast=True), c3.to(tl.int32, bitcast=True)
+            for part in tl.static_range(4):
+                bits = w0 if part == 0 else (w1 if part == 1 else (w2 if part == 2 else w3))
+                _part(
+                    weight + at, master + at, grad + at, first + at, second + at,
+                    first_scale + at // _BLOCK, second_scale + at // _BLOCK,
+                    part, bits, left - at, clip * (1.0 - BETA1), clip * ROOT_BETA2, decay, rate, root,
+                    BETA1, BETA2, EPS, HAS_MASTER, STATE, ZERO,
+                )  # fmt: skip
 
 
 def constexprs(
@@ -248,6 +252,7 @@ def constexprs(
         "HAS_MASTER": slot.master is not None,
         "ZERO": zero,
         "ALIGNED": aligned,
+        "TILE": TILE,
     }
 
 
