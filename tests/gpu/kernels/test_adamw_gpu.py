@@ -261,3 +261,11 @@ def test_stochastic_rounding_is_unbiased_and_reproducible() -> None:
     moved = 30 * 2**-8 / 3
     # the variance of a step is at most a quarter of a squared bf16 step (2^-8 below 1): five deviations of the mean
     assert abs(1 - mean[0].double().mean().item() - moved) < 5 * (30 / 4) ** 0.5 * 2**-8 / 2**10
+
+
+def test_nan_does_not_round_to_zero() -> None:
+    slot = AdamWSlot.of(torch.ones(4096, device="cuda", dtype=BF16), state="float32", master=False)
+    fused([slot]).step(
+        [torch.ones_like(slot.weight)], scalar(float("nan")), scalar(1.0), scalar(1), scalar(1.0)
+    )  # fmt: skip
+    assert slot.weight.isnan().all()

@@ -114,17 +114,19 @@ def test_views_at_odd_addresses(state: str) -> None:
     wide, grad = torch.full((300,), 0.5, dtype=BF16), torch.randn(300).to(BF16)
     odd = [AdamWSlot.of(wide[3:275], state=state, master=False)]
     plain = [AdamWSlot.of(wide[3:275].clone(), state=state, master=False)]
-    FusedAdamW(odd, betas=BETAS, eps=EPS).step([grad[5:277]], one(1e-2), one(1.0), one(1), one(1.0))
+    update = FusedAdamW(odd, betas=BETAS, eps=EPS)
+    update.step([grad[5:277]], one(1e-2), one(1.0), one(1), one(1.0))
+    assert [group.aligned for group in update._groups] == [False]
     adamw_reference(plain[0], grad[5:277], lr=1e-2, clip_scale=1.0, step=1, betas=BETAS, eps=EPS)
     assert_as_plain(odd, plain)
     assert (wide[:3] == 0.5).all() and (wide[275:] == 0.5).all()
 
 
-def test_nan_weights_stay_nan() -> None:
-    """Adding random bits to a NaN may carry through its sign: it would come out as zero."""
-    bits = torch.full((272,), 0x7FFF, dtype=torch.int16)
-    slots = [AdamWSlot.of(bits.view(BF16), state="float32", master=False)]
-    FusedAdamW(slots, betas=BETAS, eps=EPS).step([torch.ones(272, dtype=BF16)], one(1e-2), one(1.0), one(1), one(1.0))
+def test_nan_does_not_round_to_zero() -> None:
+    """A GPU's own NaN is 0x7FFFFFFF: random bits added to it carry through its sign."""
+    nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(FP32)
+    slots = [AdamWSlot.of(torch.ones(272, dtype=BF16), state="float32", master=False, decay=1.0)]
+    FusedAdamW(slots, betas=BETAS, eps=EPS).step([torch.ones(272, dtype=BF16)], nan, one(1.0), one(1), one(1.0))
     assert slots[0].weight.isnan().all()
 
 
