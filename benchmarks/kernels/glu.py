@@ -8,7 +8,6 @@ the product instead, and their backward is timed without it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -103,38 +102,7 @@ def gate(rows: int, width: int, activation: str) -> None:
     assert_no_worse({"product": product, "d_gate_up": gate_up}, eager, exact)
 
 
-# other configurations, timed beside the chosen one: (columns, warps)
-CANDIDATES = [(2048, 8), (2048, 4), (512, 2)]
-
-
-def under(config: tuple[int, int], prepared: Arm) -> Arm:
-    def arm() -> Call:
-        from chronicals.kernels.fused import glu as fused
-
-        call = prepared()
-
-        def run() -> object:
-            chosen = fused.BLOCK, fused.WARPS
-            fused.BLOCK, fused.WARPS = config
-            try:
-                return call()
-            finally:
-                fused.BLOCK, fused.WARPS = chosen
-
-        return run
-
-    return arm
-
-
 def cases() -> Iterable[Case]:
-    for case in chosen_cases():
-        extra = {}
-        if case.op == "glu gelu" and case.direction == "forward":
-            extra = {"/".join(map(str, config)): under(config, case.ours) for config in CANDIDATES}
-        yield replace(case, peers={**case.peers, **extra})
-
-
-def chosen_cases() -> Iterable[Case]:
     for (rows, width), activation in CASES:
 
         def check(rows: int = rows, width: int = width, activation: str = activation) -> None:

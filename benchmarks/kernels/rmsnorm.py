@@ -7,8 +7,6 @@ the weight's gradient are ours to hide.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -175,74 +173,7 @@ def backward_case(op: str, shape: str, size: int, make: Make) -> Case:
     return Case(op, shape, "backward", size, gate, arm(make, ours_backward), peers, claim=CLAIM)
 
 
-# other configurations of the add's kernels, timed beside the chosen one: (rows, warps, programs, stages)
-CANDIDATES = {
-    ("FORWARD", 5120): [(1, 4), (1, 8)],
-    ("BACKWARD", 896): [
-        (4, 8, 2, 3),
-        (4, 8, 2, 4),
-        (4, 8, 2, 5),
-        (2, 4, 4, 3),
-        (2, 4, 4, 5),
-        (2, 4, 3, 4),
-        (2, 4, 3, 6),
-        (2, 4, 2, 6),
-    ],
-    ("BACKWARD", 4096): [(1, 8, 2, 3), (1, 8, 2, 5), (1, 16, 1, 4), (1, 16, 1, 6), (1, 16, 1, 8)],
-    ("BACKWARD", 5120): [(1, 16, 1, 2), (1, 16, 1, 4), (1, 16, 1, 5), (1, 8, 1, 3), (1, 8, 1, 4)],
-}
-
-
-def candidates(table: str, hidden: int, make: Make, ours: Callable[[Tensors], Tensors]) -> dict[str, Arm]:
-    def under(config: tuple[int, ...]) -> Callable[[Tensors], Tensors]:
-        def run(t: Tensors) -> Tensors:
-            from chronicals.kernels.fused import rmsnorm as fused
-
-            configs, block = getattr(fused, table), fused.block_for(hidden)
-            chosen, configs[block] = configs[block], fused.Config(*config)
-            try:
-                return ours(t)
-            finally:
-                configs[block] = chosen
-
-        return run
-
-    return {"/".join(map(str, config)): arm(make, under(config)) for config in CANDIDATES.get((table, hidden), [])}
-
-
-def overlapping(t: Tensors) -> Tensors:
-    from chronicals.kernels.fused import rmsnorm as fused
-
-    fused.overlap = True
-    try:
-        return ours_backward(t)
-    finally:
-        fused.overlap = False
-
-
-def without_reduction(t: Tensors) -> Tensors:
-    from chronicals.kernels.fused.rmsnorm import rmsnorm_backward
-
-    dx, partial = rmsnorm_backward(t["d_normed"], t["x"], t["rstd"], t["weight"], d_residual=t.get("d_total"))
-    return {"dx": dx, "partial": partial}
-
-
 def cases() -> Iterable[Case]:
-    for case in chosen_cases():
-        rows, hidden = map(int, case.shape.split(" x ")[:2]) if "+" not in case.shape else (0, 0)
-        extra: dict[str, Arm] = {}
-        if case.op == "rmsnorm" and case.direction == "forward":
-            extra = candidates("FORWARD", hidden, partial(make, rows, hidden), ours_forward)
-        if case.op.endswith("rmsnorm") and case.direction == "backward":
-            add = case.op == "add_rmsnorm"
-            saved = lambda rows=rows, hidden=hidden, add=add: with_rstd(make(rows, hidden), residual=add)  # noqa: E731
-            extra = candidates("BACKWARD", hidden, saved, ours_backward)
-            extra["overlap"] = arm(saved, overlapping)
-            extra["without reduction"] = arm(saved, without_reduction)
-        yield replace(case, peers={**case.peers, **extra})
-
-
-def chosen_cases() -> Iterable[Case]:
     for rows, hidden in SHAPES:
         shape, unit, rstd, weight = f"{rows} x {hidden}", 2 * rows * hidden, 4 * rows, 2 * hidden
 

@@ -96,7 +96,6 @@ def rmsnorm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ) -> None:
     program = tl.program_id(0).to(tl.int64)
     first = (program * rows // tl.num_programs(0)).to(tl.int32)
@@ -120,8 +119,6 @@ def rmsnorm_backward_kernel(
         tl.store(DX + token * dx_stride + head * dx_head + cols, dx.to(DX.dtype.element_ty), mask=mask)
         if PARTIAL is not None:
             d_weight += dy * normed
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     if PARTIAL is not None:
         sums = tl.sum(d_weight, axis=0, keep_dims=True)
         tl.store(PARTIAL + program * hidden + cols, sums, mask=cols < hidden)
@@ -135,10 +132,7 @@ def reduce_partials_kernel(
     hidden: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ) -> None:
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
     norm = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -160,7 +154,6 @@ class Config(NamedTuple):
 
 
 REDUCE = Config(rows=1024, warps=16)
-overlap = False  # whether the reduction's launch overlaps the backward's end (programmatic dependent launch)
 REDUCE_BLOCK = 16  # columns: 64 bytes of a row, so that even 896 columns are 56 programs
 
 # by the width of a tile: the least that holds a row
@@ -177,9 +170,9 @@ BACKWARD = {
     64: Config(32, 4, 4),
     128: Config(16, 4, 4),
     256: Config(8, 4, 4),
-    1024: Config(2, 4, 4, 4),
-    2048: Config(1, 4, 4, 4),
-    4096: Config(1, 8, 2, 4),
+    1024: Config(4, 8, 2, 3),
+    2048: Config(2, 8, 2, 3),
+    4096: Config(1, 8, 2, 3),
     8192: Config(1, 16, 1, 3),
 }
 
@@ -390,7 +383,6 @@ def rmsnorm_backward(
         ROWS=config.rows,
         BLOCK=block,
         STAGES=stages_for(config, block * sum(loaded), shared),
-        OVERLAP=overlap,
         num_warps=config.warps,
     )
     return dx, partial
@@ -418,9 +410,7 @@ def reduce_partials(partials: Tensor, dtype: torch.dtype, *, out: Tensor | None 
         hidden,
         ROWS=REDUCE.rows,
         BLOCK=REDUCE_BLOCK,
-        OVERLAP=overlap,
         num_warps=REDUCE.warps,
-        **({"launch_pdl": True} if overlap else {}),
     )
     return out
 

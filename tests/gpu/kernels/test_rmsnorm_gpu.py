@@ -151,23 +151,6 @@ def test_the_same_bits_each_time(shape: tuple[int, int]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-@pytest.mark.parametrize("shape", [(16384, 896), (8192, 4096)], ids=str)
-def test_an_overlapping_reduction_waits_for_the_backward(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, d_normed = (random(*shape, dtype=torch.bfloat16) for _ in range(2))
-    weight = random(shape[1], dtype=torch.bfloat16)
-    rstd = fused.rmsnorm_forward(x, weight, EPS)[1]
-    results = []
-    for overlap in (False, *(True,) * 20):
-        monkeypatch.setattr(fused, "overlap", overlap)
-        dx, partial = fused.rmsnorm_backward(d_normed, x, rstd, weight)
-        results.append((dx, fused.reduce_partials(partial, torch.float32)))
-    for dx, d_weight in results[1:]:
-        assert torch.equal(dx, results[0][0])
-        assert torch.equal(d_weight, results[0][1])
-
-
 @pytest.mark.parametrize("shape", [(0, 896), (0, 4, 64)], ids=str)
 def test_no_rows(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -55,7 +55,6 @@ def test_backward_compiles(block: int) -> None:
         "HEADS": 14 if heads else 1,
         "ROWS": config.rows,
         "BLOCK": block,
-        "OVERLAP": False,
     }
     for name, (target, shared) in TARGETS.items():
         stages = fused.stages_for(config, block * (4 if heads else 6), shared)
@@ -81,7 +80,7 @@ def test_the_other_forms_compile() -> None:
     )
     wide, tile = fused.BACKWARD[8192], 8192 * 3 * 4
     for name, (target, shared) in TARGETS.items():
-        flags = {"OFFSET": 0.0, "HEADS": 1, "ROWS": wide.rows, "BLOCK": 8192, "OVERLAP": False}
+        flags = {"OFFSET": 0.0, "HEADS": 1, "ROWS": wide.rows, "BLOCK": 8192}
         compile_all(
             fused.rmsnorm_backward_kernel,
             {argument: kind.replace("*bf16", "*fp32") for argument, kind in BACKWARD.items()},
@@ -92,6 +91,6 @@ def test_the_other_forms_compile() -> None:
     compile_all(
         fused.reduce_partials_kernel,
         {"PARTIAL": "*fp32", "OUT": "*bf16", "programs": "i32", "hidden": "i32:16"},
-        {"ROWS": fused.REDUCE.rows, "BLOCK": fused.REDUCE_BLOCK, "OVERLAP": False},
+        {"ROWS": fused.REDUCE.rows, "BLOCK": fused.REDUCE_BLOCK},
         num_warps=fused.REDUCE.warps,
     )
