@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from benchmarks.kernels.harness import Arm, Call, Case, assert_no_worse, installed
+from benchmarks.kernels.harness import Call, Case, assert_no_worse, installed
 from chronicals.kernels import rope as plain
-from chronicals.kernels.fused import rope as fused
 from chronicals.kernels.fused.rope import rope_qkv_
 
 SEQUENCE = 2048  # positions, rows of the tables
@@ -52,54 +49,6 @@ class Inputs:
         packed, (cos, sin), positions = self.packed(), self.tables(), self.positions()
         queries, keys, _ = self.heads
         return lambda: rope_qkv_(packed, cos, sin, queries, keys, positions=positions, inverse=inverse)
-
-    def ours_as(self, config: fused.Config) -> Call:
-        call = self.ours(False)
-
-        def with_config() -> None:
-            chosen = fused.CONFIGS[config.half]
-            fused.CONFIGS[config.half] = config
-            call()
-            fused.CONFIGS[config.half] = chosen
-
-        return with_config
-
-    def others(self) -> dict[str, Arm]:
-        """Configurations that were not chosen: pairs a program / threads."""
-        half = self.width // 2
-        tried = {
-            f"{pairs}/{threads}{evict}": fused.Config(pairs // half, half, threads, evict)
-            for pairs, threads, evict in (
-                (512, 64, ""),
-                (512, 128, ""),
-                (2048, 128, ""),
-                (2048, 256, ""),
-                (4096, 256, ""),
-                (1024, 128, "evict_first"),
-                (2048, 256, "evict_first"),
-                (2048, 128, "evict_first"),
-                (8192, 512, ""),
-            )
-        }
-        arms: dict[str, Arm] = {name: lambda config=config: self.ours_as(config) for name, config in tried.items()}
-        arms |= {
-            f"whole heads {elements}/{threads}": lambda e=elements, t=threads: self.whole_heads(e, t)
-            for elements, threads in ((1024, 128), (2048, 128), (2048, 256), (4096, 256))
-        }
-        return arms | {"tables by token": self.by_token}
-
-    def whole_heads(self, elements: int, threads: int) -> Call:
-        packed, (cos, sin), positions = self.packed(), self.tables(), self.positions()
-        heads, rows = sum(self.heads[:2]), elements // self.width
-        grid = (self.tokens * heads // rows,)
-        return lambda: whole_heads_kernel[grid](
-            packed, cos, sin, positions, packed.stride(0), heads, self.width // 2, rows, num_warps=threads // 32
-        )
-
-    def by_token(self) -> Call:
-        packed, positions, (queries, keys, _) = self.packed(), self.positions().long(), self.heads
-        cos, sin = (table[positions] for table in self.tables())
-        return lambda: rope_qkv_(packed, cos, sin, queries, keys)
 
     def eager(self) -> Call:
         q, k = (x.transpose(1, 2) for x in self.parts(self.packed()))
@@ -143,31 +92,6 @@ class Inputs:
             assert torch.equal(turned[:, values:], packed[:, values:]), "v was touched"
 
 
-@triton.jit
-def whole_heads_kernel(
-    QKV: tl.tensor,
-    COS: tl.tensor,
-    SIN: tl.tensor,
-    POSITIONS: tl.tensor,
-    stride: tl.tensor,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-) -> None:
-    """Each element loads its partner too, so that a head is one line of memory in every access; whole blocks only."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    side, pair = tl.arange(0, 2)[None, :, None], tl.arange(0, HALF)[None, None, :]
-    token = (row // HEADS).to(tl.int64)
-    base = (QKV + token * stride + (row % HEADS) * (2 * HALF))[:, None, None]
-    at = (tl.load(POSITIONS + token).to(tl.int64) * HALF)[:, None, None] + side * 0 + pair
-    x = tl.load(base + side * HALF + pair).to(tl.float32)
-    partner = tl.load(base + (1 - side) * HALF + pair).to(tl.float32)
-    sin = tl.load(SIN + at)
-    turned = x * tl.load(COS + at) + partner * tl.where(side == 0, -sin, sin)
-    tl.debug_barrier()
-    tl.store(base + side * HALF + pair, turned.to(QKV.dtype.element_ty))
-
-
 def transformers_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q, k (1, N, T, D); cos, sin (1, T, D), as transformers' Llama turns them."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -193,7 +117,7 @@ def cases() -> Iterator[Case]:
             size,
             inputs.gate,
             lambda inputs=inputs: inputs.ours(False),
-            {"eager": inputs.eager} | ({"liger": inputs.liger} if liger else {}) | inputs.others(),
+            {"eager": inputs.eager} | ({"liger": inputs.liger} if liger else {}),
             claim=2.3,
             extra_bytes=0,
         )

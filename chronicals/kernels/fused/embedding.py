@@ -11,7 +11,7 @@ Bytes: T H read, and the rows of the tokens that occur written (read too where t
 an overwritten gradient is zeroed first, V H written; one that is added to is not touched elsewhere.
 
 Left out: spreading one token's run over programs. A token that fills thousands of slots is followed by one program a
-column block, 128 slots at a time. A NaN or infinity upstream may reach the other tokens of its program; such a
+column block, 64 slots at a time. A NaN or infinity upstream may reach the other tokens of its program; such a
 gradient is refused as a whole anyway.
 """
 
@@ -36,7 +36,7 @@ class Config(NamedTuple):
 
 FORWARD = Config(16, 128, 128)
 BACKWARD = Config(32, 64, 128)
-FOLLOW = 128  # slots that a run's program takes at a time beyond its own
+FOLLOW = 64  # slots that a run's program takes at a time beyond its own
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -109,17 +109,15 @@ def embedding_backward_kernel(
 
     if (last == beyond) & (last != before):  # the last run began here and goes on: follow it
         rest = tl.zeros((COLUMNS,), tl.float32)
-        further, ahead = _token_at(TOKENS, ORDER, end + tl.arange(0, FOLLOW), slots, -2)
         going = last == beyond
         while going:
+            further, ahead = _token_at(TOKENS, ORDER, end + tl.arange(0, FOLLOW), slots, -2)
             mine = ahead == last
             more = D_OUT + (further * d_out_stride)[:, None] + column
             rows = tl.load(more, mask=mine[:, None] & (column < hidden), other=0.0)
-            going = tl.sum(mine.to(tl.int32), axis=0) == FOLLOW
-            end += FOLLOW
-            # where the next rows lie is looked up while these are on their way
-            further, ahead = _token_at(TOKENS, ORDER, end + tl.arange(0, FOLLOW), slots, -2)
             rest += tl.sum(rows.to(tl.float32), axis=0)
+            end += FOLLOW
+            going = tl.sum(mine.to(tl.int32), axis=0) == FOLLOW
         sums += tl.where((token == last)[:, None], rest[None, :], 0.0)
 
     # each run is written at its last slot here, unless it began before

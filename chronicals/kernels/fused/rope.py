@@ -30,7 +30,6 @@ class Config(NamedTuple):
     rows: int
     half: int  # a power of two, at least the pairs of a head
     threads: int
-    evict: str = ""
 
 
 # by pairs of a head; 8 pairs a thread, so that in 16 bits each half is one 16-byte vector
@@ -75,7 +74,6 @@ def rope_kernel(
     INVERSE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    EVICT: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # below 2^31, the launcher sees to it
     pair = tl.arange(0, BLOCK)[None, :]
@@ -93,15 +91,17 @@ def rope_kernel(
     at = token
     if POSITIONS is not None:
         at = tl.load(POSITIONS + token, mask=inside, other=0).to(tl.int64)
-    first = tl.load(x, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
-    second = tl.load(x + HALF, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    first = tl.load(x, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    second = tl.load(x + HALF, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     table = (at * table_stride)[:, None] + pair
     cos = tl.load(COS + table, mask=mask, other=0.0)
     sin = tl.load(SIN + table, mask=mask, other=0.0)
     if INVERSE:
         sin = -sin
-    tl.store(out, (first * cos - second * sin).to(Q_OUT.dtype.element_ty), mask=mask, eviction_policy=EVICT)
-    tl.store(out + HALF, (second * cos + first * sin).to(Q_OUT.dtype.element_ty), mask=mask, eviction_policy=EVICT)
+    tl.store(out, (first * cos - second * sin).to(Q_OUT.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+    tl.store(
+        out + HALF, (second * cos + first * sin).to(Q_OUT.dtype.element_ty), mask=mask, eviction_policy="evict_first"
+    )
     for start in tl.static_range(0, PASSED, BLOCK):
         rest = inside[:, None] & (start + pair < PASSED)
         tl.store(out + 2 * HALF + start, tl.load(x + 2 * HALF + start, mask=rest), mask=rest)
@@ -155,7 +155,6 @@ def _turn(
         INVERSE=inverse,
         ROWS=config.rows,
         BLOCK=config.half,
-        EVICT=config.evict,
         num_warps=config.threads // (64 if torch.version.hip else 32),
     )
 

@@ -10,7 +10,7 @@ from tests.kernels.aot import TARGETS, compile_all
 POINTERS = dict.fromkeys(("Q", "K", "Q_OUT", "K_OUT"), "*bf16") | dict.fromkeys(("COS", "SIN"), "*fp32")
 STRIDES = {name: "i32:16" for name in rope_kernel.arg_names if name.endswith("_stride")}
 SIGNATURE = POINTERS | {"POSITIONS": "*i32", "rows": "i32"} | STRIDES
-HEADS = {"QUERIES": 14, "KEYS": 2, "INVERSE": True, "EVICT": ""}
+HEADS = {"QUERIES": 14, "KEYS": 2, "INVERSE": True}
 
 
 @pytest.mark.parametrize("half", CONFIGS)
