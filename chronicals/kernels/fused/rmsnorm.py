@@ -164,16 +164,16 @@ FORWARD = {
     1024: Config(4, 4),
     2048: Config(2, 4),
     4096: Config(1, 8),
-    8192: Config(1, 16),
+    8192: Config(1, 8),
 }
 BACKWARD = {
     64: Config(32, 4, 4),
     128: Config(16, 4, 4),
     256: Config(8, 4, 4),
-    1024: Config(4, 8, 2, 3),
+    1024: Config(2, 4, 3, 4),
     2048: Config(2, 8, 2, 3),
     4096: Config(1, 8, 2, 3),
-    8192: Config(1, 16, 1, 3),
+    8192: Config(1, 16, 1, 4),
 }
 
 
