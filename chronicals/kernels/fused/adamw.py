@@ -36,7 +36,7 @@ from chronicals.kernels.adamw import (
 )
 from chronicals.kernels.fused.pointers import PointerTable
 
-TILE = 16 * LANES  # of a program: four Philox calls, so that its start, a chain of loads, costs little
+TILE = 4 * LANES  # of a program: one Philox call
 # rows of the table of addresses
 WEIGHT, MASTER, GRAD, FIRST, SECOND, FIRST_SCALE, SECOND_SCALE = range(7)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -257,10 +257,10 @@ def constexprs(
 
 
 def launch_options(slot: AdamWSlot, grad: torch.dtype) -> dict[str, int]:
-    """Where all is 16 bits or fewer, a thread has 8 elements and a warp a block of 8-bit moments; where something is
-    float32 it has 4, the most of one access: with more, layouts would be converted in shared memory."""
+    """With 8-bit moments a warp has a block of 256, so that its maximum needs no other warp; otherwise a thread has 8
+    elements of 16 bits, or 4 where something is float32: the most of one access, so that layouts need no conversion."""
     wide = torch.float32 in (slot.weight.dtype, slot.exp_avg.dtype, grad) or slot.master is not None
-    return {"num_warps": 8 if wide else 4}
+    return {"num_warps": 8 if wide and slot.exp_avg_scale is None else 4}
 
 
 class FusedAdamW:
