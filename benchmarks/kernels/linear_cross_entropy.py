@@ -25,9 +25,8 @@ MEMORY = (8192, 896, 151936)  # where the mission's 5 GB and 135 MB are measured
 ODD = (8192, 896, 151937)
 FLOOR = 1 / 1.08
 ROW_CONFIGS = [
-    RowConfig(lanes, 8, threads, backwards)
+    RowConfig(lanes, 8, threads)
     for lanes, threads in [(2048, 1024), (2048, 512), (1024, 512), (1024, 1024), (1024, 256)]
-    for backwards in (False, True)
 ]
 
 
@@ -159,7 +158,7 @@ def rows_case(vocab: int) -> Case:
         return arm
 
     others = {
-        f"{config.lanes} lanes, {config.threads} threads{', back' * config.backwards}": walk(config)
+        f"{config.lanes} lanes, {config.threads} threads": walk(config)
         for config in ROW_CONFIGS
         if config != config_for(vocab)
     }

@@ -54,7 +54,6 @@ class RowConfig(NamedTuple):
     lanes: int
     vec: int  # neighbouring columns of a lane: 16 bytes of bf16
     threads: int
-    backwards: bool = False
 
 
 # blocks of columns; whole vocabularies, whose rows get a multiprocessor of their own
@@ -104,7 +103,6 @@ def _online_softmax(
     SMOOTHING: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    BACKWARDS: tl.constexpr,
 ) -> tl.tensor:
     """The maximum, the sum of exp2(z - maximum) and, where smoothing asks for it, the sum of z of one row."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -169,7 +167,6 @@ def _write_dlogits(
     Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    BACKWARDS: tl.constexpr,
 ) -> None:
     """Overwrites one row of logits by dlogits; `column` is the target's, outside the row where it has none."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -183,8 +180,7 @@ def _write_dlogits(
         is_target = cols == column - full
         d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
         tl.store(ROW + full + cols, d.to(ROW.dtype.element_ty), mask=inside, eviction_policy="evict_first")
-    for step in range(0, full, BLOCK):
-        start = full - BLOCK - step if BACKWARDS else step
+    for start in range(0, full, BLOCK):
         x = tl.load(ROW + start + cols, eviction_policy="evict_first").to(tl.float32)
         is_target = cols == column - start
         d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
@@ -224,23 +220,20 @@ def cross_entropy_kernel(
     Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    BACKWARDS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     ROW = LOGITS + row * row_stride
     target = tl.load(TARGETS + row)
     # before the reductions' barriers, and so before any thread overwrites it
     x_target = tl.load(ROW + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
-    peak, total, z_sum = _online_softmax(ROW, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC, BACKWARDS)
+    peak, total, z_sum = _online_softmax(ROW, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC)
     lse2 = peak + tl.log2(total)
     linear = (1.0 - SMOOTHING) * _scaled(x_target, SOFTCAP, LOGIT_SCALE)
     if SMOOTHING != 0.0:
         linear += z_sum * (SMOOTHING / vocab)
     tl.store(LOSS + row, _loss(target, vocab, lse2, linear, Z_LOSS))
     scale = tl.where(target == IGNORE, 0.0, tl.load(SCALE) * LOGIT_SCALE)
-    _write_dlogits(
-        ROW, vocab, target, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, LANES, VEC, BACKWARDS
-    )
+    _write_dlogits(ROW, vocab, target, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, LANES, VEC)
 
 
 @triton.jit
@@ -261,7 +254,6 @@ def losses_kernel(
     Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    BACKWARDS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     ROW = LOGITS + row * row_stride
@@ -269,7 +261,7 @@ def losses_kernel(
     column = target - start
     here = (column >= 0) & (column < width)
     x_target = tl.load(ROW + column, mask=here, other=0.0).to(tl.float32)
-    peak, total, z_sum = _online_softmax(ROW, width, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC, BACKWARDS)
+    peak, total, z_sum = _online_softmax(ROW, width, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC)
     before = tl.load(PEAK + row, mask=start > 0, other=LOWEST)
     highest = tl.maximum(peak, before)
     total = total * tl.exp2(peak - highest)
@@ -305,7 +297,6 @@ def dlogits_kernel(
     Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    BACKWARDS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(TARGETS + row)
@@ -324,12 +315,11 @@ def dlogits_kernel(
         Z_LOSS,
         LANES,
         VEC,
-        BACKWARDS,
     )
 
 
 def _walk(config: RowConfig) -> dict[str, int]:
-    return {"LANES": config.lanes, "VEC": config.vec, "BACKWARDS": config.backwards, "num_warps": warps(config)}
+    return {"LANES": config.lanes, "VEC": config.vec, "num_warps": warps(config)}
 
 
 def cross_entropy_rows_(

@@ -21,7 +21,7 @@ def compile_rows(name: str, config: RowConfig, options: dict[str, float], dtype:
     """One row kernel in one configuration, for every target; AMD's warps have 64 threads, so half as many."""
     kernel = getattr(cross_entropy_rows, name)
     sizes = {"row_stride": "i32:16", "vocab": "i32"}
-    constexprs = options | {"LANES": config.lanes, "VEC": config.vec, "BACKWARDS": config.backwards}
+    constexprs = options | {"LANES": config.lanes, "VEC": config.vec}
     if name != "cross_entropy_kernel":
         sizes |= {"start": "i32:16", "width": "i32"}
     if name == "dlogits_kernel":
