@@ -281,8 +281,8 @@ def test_extra_memory(mode: str, limit: float) -> None:
     assert extra <= limit
 
 
-def test_a_chunk_of_more_than_2_to_the_31_logits() -> None:
-    """Past 32-bit offsets: rows at the far end of the buffer are as right as those at its start."""
+def test_more_than_2_to_the_31_logits() -> None:
+    """All rows in one chunk are asked for, and cut below 2^31; the row kernel itself is right past 32-bit offsets."""
     tokens, hidden, vocab = 16384, 64, 151937
     inputs = problem(tokens, hidden, vocab, torch.bfloat16, every=1, padding=0)
     whole = outcome(fused.linear_cross_entropy, inputs, mode="fast", chunk_rows=tokens)

@@ -303,6 +303,7 @@ def test_plans() -> None:
     assert fused.Plan.fast(2048, 151936, fused.CHUNK_ROWS).chunk_rows == 2048
     assert fused.Plan.fast(6000, 50257, fused.CHUNK_ROWS) == (3072, 25216)
     assert fused.Plan.fast(0, 50257, fused.CHUNK_ROWS).chunk_rows == 0
+    assert fused.Plan.fast(16384, 151937, 16384) == (8192, 76032)  # no matrix of 2^31 elements
 
 
 @pytest.mark.parametrize(
