@@ -50,7 +50,6 @@ FRUGAL_LOGITS = 90_000_000  # bytes of a block of logits: with dH and h, 132 MB 
 FRUGAL_COLUMNS = 6000  # a block of dlogits is then read back from L2, in part
 ALIGNMENT = 64  # columns: row strides that cuBLAS's widest loads take, whatever the vocabulary
 PLAIN = HeadOptions()
-MOST_LOGITS = 2**31 - 1  # in a chunk: cuBLAS reads outside of a larger matrix (seen with 16384 x 151937, torch 2.11)
 KEPT_FREE = 0.1  # of the free memory, for fragmentation
 
 
@@ -62,8 +61,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def fast(cls, rows: int, vocab: int, chunk_rows: int) -> Plan:
-        """Even chunks of at most `chunk_rows` and `MOST_LOGITS`, or blocks of as many logits."""
-        chunk_rows = min(chunk_rows, MOST_LOGITS // _round_up(vocab, ALIGNMENT))
+        """Even chunks of at most `chunk_rows`, or blocks of as many logits."""
         chunk_rows = min(chunk_rows, _most_rows(vocab))
         chunks = max(1, triton.cdiv(rows, chunk_rows))
         chunk = triton.cdiv(rows, chunks)
@@ -85,7 +83,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _most_rows(vocab: int) -> int:
-    """Rows of a buffer below 2^31 logits: past it, cuBLAS's kernels for a few columns read wrong addresses."""
+    """Rows of a buffer below 2^31 logits: past it, cuBLAS's kernels for a few columns read wrong addresses (torch 2.11)."""
     return (2**31 - 1) // _round_up(vocab, ALIGNMENT)
 
 
