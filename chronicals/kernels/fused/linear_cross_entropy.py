@@ -83,7 +83,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _most_rows(vocab: int) -> int:
-    """Rows of a buffer below 2^31 logits: past it, cuBLAS's kernels for a few columns read wrong addresses (torch 2.11)."""
+    """Rows of a buffer below 2^31 logits: past it, cuBLAS reads wrong addresses (seen with torch 2.11)."""
     return (2**31 - 1) // _round_up(vocab, ALIGNMENT)
 
 
