@@ -62,7 +62,6 @@ class Plan(NamedTuple):
     @classmethod
     def fast(cls, rows: int, vocab: int, chunk_rows: int) -> Plan:
         """Even chunks of at most `chunk_rows`, or blocks of as many logits."""
-        chunk_rows = min(chunk_rows, _most_rows(vocab))
         chunks = max(1, triton.cdiv(rows, chunk_rows))
         chunk = triton.cdiv(rows, chunks)
         if chunks > 1:
@@ -80,11 +79,6 @@ class Plan(NamedTuple):
 
 def _round_up(n: int, multiple: int) -> int:
     return triton.cdiv(n, multiple) * multiple
-
-
-def _most_rows(vocab: int) -> int:
-    """Rows of a buffer below 2^31 logits: past it, cuBLAS reads wrong addresses (seen with torch 2.11)."""
-    return (2**31 - 1) // _round_up(vocab, ALIGNMENT)
 
 
 def plan_for(mode: str, chunk_rows: int | None, rows: int, hidden: Tensor, weight: Tensor, scratch: bool) -> Plan:
@@ -165,7 +159,7 @@ def linear_cross_entropy_by_rows(
         chunk_rows: rows whose logits exist at a time.
     """
     (rows,), (vocab, features) = target_rows.shape, weight.shape
-    chunk_rows = min(chunk_rows, rows, _most_rows(vocab))
+    chunk_rows = min(chunk_rows, rows, MOST_LOGITS // _round_up(vocab, ALIGNMENT))
     if dhidden is not None:
         dhidden.zero_()
     if rows == 0:
