@@ -48,6 +48,7 @@ CHUNK_ROWS = 4096  # below that, matmuls with a small H fall off and dW is re-re
 LEAST_CHUNK_ROWS = 1024
 FRUGAL_LOGITS = 90_000_000  # bytes of a block of logits: with dH and h, 132 MB at 8192 x 896 x 151936
 FRUGAL_COLUMNS = 6000  # a block of dlogits is then read back from L2, in part
+MOST_LOGITS = 2**31 - 1  # in a chunk: cuBLAS reads outside of a larger matrix (seen with 16384 x 151937, torch 2.11)
 ALIGNMENT = 64  # columns: row strides that cuBLAS's widest loads take, whatever the vocabulary
 PLAIN = HeadOptions()
 KEPT_FREE = 0.1  # of the free memory, for fragmentation
@@ -61,7 +62,8 @@ class Plan(NamedTuple):
 
     @classmethod
     def fast(cls, rows: int, vocab: int, chunk_rows: int) -> Plan:
-        """Even chunks of at most `chunk_rows`, or blocks of as many logits."""
+        """Even chunks of at most `chunk_rows` and `MOST_LOGITS`, or blocks of as many logits."""
+        chunk_rows = min(chunk_rows, MOST_LOGITS // _round_up(vocab, ALIGNMENT))
         chunks = max(1, triton.cdiv(rows, chunk_rows))
         chunk = triton.cdiv(rows, chunks)
         if chunks > 1:
