@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): a few minutes, most of them for torch"
 ifeq ($(GPU)$(filter-out Linux,$(OS)),)
-	@$(PIP) install --quiet --retries 2 --constraint constraints.txt \
+	@$(PIP) install --quiet --retries 2 --no-deps \
 	  --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu"
 endif
 	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
