@@ -58,6 +58,7 @@ def test_backward(form: str) -> None:
     compiled = compile_all(
         fused.embedding_backward_kernel, signature, flags, num_warps=config.threads // 32, targets=targets
     )
-    assert not any(one.stack for one in compiled.values())
+    # triton 3.7 keeps 8 bytes aside on sm_80 for bf16 into bf16: no loop spills
+    assert all((one.stack or 0) <= (8 if name == "sm_80" else 0) for name, one in compiled.items())
     if "unaligned" not in form:
         assert "ld.global.v4" in compiled["sm_90"].assembly
