@@ -1,6 +1,6 @@
 """Packing: time and memory on a million lengths, bins against a lower bound, and the padding it recovers on real text.
 
-    python benchmarks/packing.py [--jsonl FILE ...]     measure, print, write results/packing.json
+    python benchmarks/packing.py [--jsonl FILE ...] [--out benchmarks/results/packing.json]     measure, print, write
     python benchmarks/packing.py --write-docs           copy the results' tables into docs/math/packing.md
 
 The docstrings of the standard library are measured on every machine; each row of a JSONL file is one more document, all
@@ -229,6 +229,9 @@ def with_results(page: str, results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jsonl", type=Path, action="append", default=[], metavar="FILE")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where the results go; without it they are only printed"
+    )
     parser.add_argument("--write-docs", action="store_true")
     options = parser.parse_args()
     if options.write_docs:
@@ -236,7 +239,8 @@ def main() -> None:
         DOCS.write_text(with_results(DOCS.read_text(encoding="utf-8"), results), encoding="utf-8")
         return
     results = measure([file.resolve() for file in options.jsonl])
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(render(results))
 
 
