@@ -58,7 +58,9 @@ def test_backward(form: str) -> None:
     compiled = compile_all(
         fused.embedding_backward_kernel, signature, flags, num_warps=config.threads // 32, targets=targets
     )
-    # triton 3.7 keeps 8 bytes aside on sm_80 for bf16 into bf16: no loop spills
-    assert all((one.stack or 0) <= (8 if name == "sm_80" else 0) for name, one in compiled.items())
+    spilling = {name for name, one in compiled.items() if one.stack}
+    # known and not mended: on sm_80 triton 3.7's ptxas spills one register around the loop, not in it
+    assert spilling == ({"sm_80"} if form == "bf16 into bf16" else set())
+    assert all((one.stack or 0) <= 8 for one in compiled.values())
     if "unaligned" not in form:
         assert "ld.global.v4" in compiled["sm_90"].assembly
