@@ -1,0 +1,71 @@
+"""Dynamic loss scaling: what lets gradients be computed in float16, whose smallest normal number is 6.1e-5.
+
+With a scale S a step computes the gradient of S * loss, so that small gradients do not fall out of float16 below, and
+divides it out again where numbers are float32 (Micikevicius et al., "Mixed precision training", 2018, section 3.2). S
+is always a power of two: neither multiplying nor dividing by it rounds. It halves after a step whose gradient
+overflowed, which writes nothing, and doubles after `GROWTH_STEPS` steps in a row that did not.
+
+Everything is a tensor on the device that changes in place, so that steps may be replayed as a CUDA graph and nothing is
+read by the host. What a step does with it, for the batch's `grad_scale`, its loss and its gradient's norm:
+
+    loss = loss_fn(..., scale.scaled(batch.grad_scale))     # dlogits are final there: S must be known before
+    loss, norm = scale.unscaled(loss), scale.unscaled(norm)
+    clip = scale.unscaled(clip_scale(norm))                  # the update multiplies gradients by it: no pass of its own
+    excused = scale.may_fall()                               # an overflow that the next, smaller scale may mend
+    ... update where the norm is finite ...
+    scale.update(isfinite(norm))
+
+S cannot mend a loss that is not finite, as the forward pass does not depend on it, nor a gradient that overflows at
+`LOWEST`: these stop the run as they do in any dtype. Left out: a scale for each layer; scaling of float8, which has its
+own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INITIAL = 2.0**16
+LOWEST = 1.0  # gradients that overflow float16 by themselves are a run that diverges
+HIGHEST = 2.0**24  # lifts float16's smallest number, 2^-24, to 1: no gradient is in need of more
+GROWTH_STEPS = 2000  # as torch.amp.GradScaler
+
+
+class LossScale:
+    """The loss scale of a run, on `device`.
+
+    Attributes:
+        scale: (1,) float32, a power of two from `LOWEST` to `HIGHEST`; constant between two calls of `update`.
+        good_steps: (1,) int32, steps since it last changed.
+        skipped: (1,) int32, steps of the run whose gradient overflowed.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.scale = torch.full((1,), INITIAL, device=device)
+        self.good_steps = torch.zeros(1, dtype=torch.int32, device=device)
+        self.skipped = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def scaled(self, grad_scale: Tensor) -> Tensor:
+        """`grad_scale` (1,) float32 times the scale: what the loss is computed with."""
+        return grad_scale * self.scale
+
+    def unscaled(self, value: Tensor) -> Tensor:
+        """A new tensor: `value`, float32 and computed with the scale, without it."""
+        assert value.dtype == torch.float32, "the quotient may be too small for 16 bits"
+        return value / self.scale.view(())
+
+    def may_fall(self) -> Tensor:
+        """() bool: the scale is above its floor, so an overflow now is no verdict on the run."""
+        return self.scale.view(()) > LOWEST
+
+    @torch.no_grad()
+    def update(self, finite: Tensor) -> None:
+        """Take in whether this step's gradient was finite, () or (1,) bool, and set the next step's scale in place."""
+        overflow = (~finite).view(1).float()
+        self.skipped += overflow.int()
+        torch._amp_update_scale_(self.scale, self.good_steps, overflow, 2.0, 0.5, GROWTH_STEPS)
+        self.scale.clamp_(LOWEST, HIGHEST)
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors that a checkpoint holds; to load one, copy into them."""
+        return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
