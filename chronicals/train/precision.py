@@ -3,7 +3,6 @@ the first step."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 
 from chronicals.errors import UserError
+from chronicals.kernels.capability import why_not_fused
 from chronicals.kernels.ops import REFERENCE, Ops, fused
 
-FUSED_FROM = (8, 0)  # compute capability: older GPUs have neither bf16 nor FlashAttention
+HALF_FROM = (7, 0)  # compute capability from which float16 matmuls have units of their own
 
 
 def resolve_device(name: str) -> torch.device:
@@ -28,32 +28,45 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def resolve_dtype(bf16: str | bool, device: torch.device) -> torch.dtype:
+def resolve_dtype(bf16: str | bool, device: torch.device, fp16: str | bool = False) -> torch.dtype:
     """The compute dtype, which is also that of the saved weights.
 
-    `auto` is bf16 where the GPU computes in it and float32 elsewhere; `true` is bf16, on a CPU too (slower than
-    float32 there, but the way to reproduce a GPU run's rounding); `false` is float32. Raises UserError where a GPU
-    has no bf16.
+    `bf16: auto` is bf16 where the GPU computes in it, `fp16: auto` float16 where that is not so and the GPU has units
+    for float16; what neither asks for is float32. `true` is taken at its word on a CPU too: slower than float32 there,
+    but the way to reproduce a GPU run's rounding. Raises UserError where a GPU has no bf16.
     """
+    assert not (bf16 is True and fp16 is True), "the config refuses both"
+    if fp16 is True:
+        return torch.float16
     # including_emulation=False: bf16 without hardware support is slower than float32 and saves nobody anything
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if bf16 is True and device.type == "cuda" and not has_bf16:
         raise UserError(
-            f"bf16: true, but {torch.cuda.get_device_name(device)} does not compute in bf16", "set bf16: auto or false"
+            f"bf16: true, but {torch.cuda.get_device_name(device)} does not compute in bf16",
+            "set bf16: auto, which is float16 there, or false",
         )
-    return torch.bfloat16 if bf16 is True or (bf16 == "auto" and has_bf16) else torch.float32
+    if bf16 is True or (bf16 == "auto" and has_bf16):
+        return torch.bfloat16
+    wants_half = bf16 == "auto" and fp16 == "auto" and device.type == "cuda"
+    return torch.float16 if wants_half and torch.cuda.get_device_capability(device) >= HALF_FROM else torch.float32
+
+
+def told_dtype(dtype: torch.dtype, device: torch.device, bf16: str | bool, fp16: str | bool) -> str:
+    """What the header says of the compute dtype, with why where the user did not ask for it."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float16:
+        name += ", float32 masters and loss scaling"
+    if device.type == "cuda" and bf16 == "auto" and fp16 is not True and dtype != torch.bfloat16:
+        name += f" (this GPU does not compute in bf16{'' if fp16 == 'auto' else '; fp16: false'})"
+    return name
 
 
 def resolve_ops(device: torch.device, dtype: torch.dtype, *, head_dim: int, deterministic: bool) -> tuple[Ops, str]:
     """The kernels, and what the header says of them: fused ones on a GPU that runs them, plain PyTorch elsewhere."""
     if device.type == "cpu":
         return REFERENCE, "plain PyTorch"
-    if importlib.util.find_spec("triton") is None:
-        return REFERENCE, "plain PyTorch, as there is no triton here (torch's GPU builds bring it)"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < FUSED_FROM:
-        needed, here = (".".join(map(str, version)) for version in (FUSED_FROM, capability))
-        return REFERENCE, f"plain PyTorch, as fused ones need compute capability {needed} and this GPU has {here}"
+    if reason := why_not_fused(device):
+        return REFERENCE, f"plain PyTorch, as {reason}"
     ops = fused(device, dtype, head_dim=head_dim, deterministic=deterministic)
     names = {"FlashAttention4": "FlashAttention-4", "TorchVarlen": "torch's FlashAttention-2"}
     return ops, f"fused, attention by {names.get(type(ops.attention).__name__, 'document')}"
@@ -76,8 +89,8 @@ def out_of_memory_explained() -> Iterator[None]:
 def reproducible(seed: int, device: torch.device, *, deterministic: bool) -> Iterator[None]:
     """Seed torch, and make it compute the same bits every time: on the CPU always, on a GPU where `deterministic` asks.
 
-    torch's switch is global, so it is put back at the end; the random state is not, as nobody relies on an unseeded
-    one.
+    Sums inside float16 matmuls stay float32, as partial ones may leave float16's range. torch's switches are global, so
+    they are put back at the end; the random state is not, as nobody relies on an unseeded one.
     """
     torch.manual_seed(seed)
     if device.type == "cpu":
@@ -85,11 +98,18 @@ def reproducible(seed: int, device: torch.device, *, deterministic: bool) -> Ite
     if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
     settings: Any = torch.utils.deterministic  # its attributes are made at run time
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    matmul: Any = torch.backends.cuda.matmul
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        settings.fill_uninitialized_memory,
+        matmul.allow_fp16_reduced_precision_reduction,
+    )
     torch.use_deterministic_algorithms(deterministic)
     settings.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
+    matmul.allow_fp16_reduced_precision_reduction = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         settings.fill_uninitialized_memory = before[1]
+        matmul.allow_fp16_reduced_precision_reduction = before[2]

@@ -9,36 +9,83 @@ import torch
 from chronicals.errors import UserError
 from chronicals.kernels.attention import PerDocument, TorchVarlen, plain_backend
 from chronicals.kernels.ops import REFERENCE
-from chronicals.train.precision import reproducible, resolve_device, resolve_dtype, resolve_ops
+from chronicals.train.precision import reproducible, resolve_device, resolve_dtype, resolve_ops, told_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
+T4, H100 = (7, 5), (9, 0)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: str = "Tesla T4") -> None:
+    """A GPU of this compute capability."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+
+
 @pytest.mark.parametrize(
-    ("bf16", "device", "gpu_has_it", "expected"),
+    ("bf16", "fp16", "device", "capability", "expected"),
     [
-        ("auto", CPU, False, torch.float32),
-        (True, CPU, False, torch.bfloat16),
-        (False, CPU, False, torch.float32),
-        ("auto", GPU, True, torch.bfloat16),
-        ("auto", GPU, False, torch.float32),
-        (True, GPU, True, torch.bfloat16),
-        (False, GPU, True, torch.float32),
+        ("auto", "auto", CPU, T4, torch.float32),
+        (True, "auto", CPU, T4, torch.bfloat16),
+        (False, "auto", CPU, T4, torch.float32),
+        ("auto", True, CPU, T4, torch.float16),
+        ("auto", "auto", GPU, H100, torch.bfloat16),
+        (True, "auto", GPU, H100, torch.bfloat16),
+        (False, "auto", GPU, H100, torch.float32),
+        ("auto", False, GPU, H100, torch.bfloat16),
+        ("auto", True, GPU, H100, torch.float16),
+        ("auto", "auto", GPU, T4, torch.float16),
+        ("auto", "auto", GPU, (7, 0), torch.float16),
+        ("auto", "auto", GPU, (6, 1), torch.float32),
+        ("auto", False, GPU, T4, torch.float32),
+        (False, "auto", GPU, T4, torch.float32),
+        (False, True, GPU, T4, torch.float16),
     ],
 )
 def test_dtype(
-    monkeypatch: pytest.MonkeyPatch, bf16: Any, device: torch.device, gpu_has_it: bool, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    bf16: Any,
+    fp16: Any,
+    device: torch.device,
+    capability: tuple[int, int],
+    expected: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_has_it)
-    assert resolve_dtype(bf16, device) == expected
+    pretend(monkeypatch, capability)
+    assert resolve_dtype(bf16, device, fp16) == expected
 
 
 def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    pretend(monkeypatch, T4)
     with pytest.raises(UserError) as caught:
-        resolve_dtype(True, GPU)
-    assert str(caught.value) == "bf16: true, but Tesla T4 does not compute in bf16; set bf16: auto or false"
+        resolve_dtype(True, GPU, "auto")
+    assert str(caught.value) == (
+        "bf16: true, but Tesla T4 does not compute in bf16; set bf16: auto, which is float16 there, or false"
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "bf16", "fp16", "says"),
+    [
+        (torch.bfloat16, GPU, "auto", "auto", "bfloat16"),
+        (torch.float32, CPU, "auto", "auto", "float32"),
+        (torch.float32, GPU, False, "auto", "float32"),
+        (torch.float16, GPU, "auto", True, "float16, float32 masters and loss scaling"),
+        (
+            torch.float16,
+            GPU,
+            "auto",
+            "auto",
+            "float16, float32 masters and loss scaling (this GPU does not compute in bf16)",
+        ),
+        (torch.float32, GPU, "auto", False, "float32 (this GPU does not compute in bf16; fp16: false)"),
+    ],
+)
+def test_the_header_says_why_it_is_that_dtype(
+    dtype: torch.dtype, device: torch.device, bf16: Any, fp16: Any, says: str
+) -> None:
+    assert told_dtype(dtype, device, bf16, fp16) == says
 
 
 def test_the_cpu_gets_plain_kernels() -> None:
@@ -97,8 +144,10 @@ def test_cpu_is_always_deterministic_and_a_gpu_on_request(monkeypatch: pytest.Mo
     for device, asked, expected in ((CPU, False, True), (GPU, False, False), (GPU, True, True)):
         with reproducible(7, device, deterministic=asked):
             assert torch.are_deterministic_algorithms_enabled() == expected
+            assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
             first = torch.rand(3)
         with reproducible(7, device, deterministic=asked):
             assert torch.equal(torch.rand(3), first)
         assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
