@@ -133,7 +133,8 @@ class AttentionBackend(ABC):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
     ) -> tuple[Tensor, Tensor]:
-        """-> out (T, Nq, D) contiguous, and lse (Nq, T) float32: the logarithm of each row's sum of exp(s_ij).
+        """-> out (T, Nq, D) contiguous, and lse (Nq, T) float32 (float64 for float64): the logarithm of each row's sum
+        of exp(s_ij).
 
         Raises:
             ValueError: this backend cannot; the message names one that can.
@@ -205,10 +206,12 @@ class PerDocument(AttentionBackend):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
     ) -> tuple[Tensor, Tensor]:
+        if _has_cpu_kernel(q, **options):
+            return _cpu_forward(q, k, v, cu_seqlens, options.get("window"), options.get("scale"))
         with torch.no_grad():
             out = _per_document(q, k, v, cu_seqlens, **options)
             lse = [
-                _document_scores(query, key, **options).float().logsumexp(-1)
+                _document_scores(query, key, **options).to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
                 for query, key in _documents(cu_seqlens, q, k)
             ]
         return out.contiguous(), torch.cat(lse, dim=1)
@@ -228,12 +231,76 @@ class PerDocument(AttentionBackend):
         dv: Tensor,
         **options: Unpack[Options],
     ) -> None:
+        if _has_cpu_kernel(q, **options):
+            tensors = (d_out, q, k, v, out, lse.T, dq, dk, dv)
+            return _cpu_backward(*tensors, cu_seqlens, options.get("window"), options.get("scale"))
         query, key, value = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
             again = _per_document(query, key, value, cu_seqlens, **options)
         grads = torch.autograd.grad(again, leaves, d_out, materialize_grads=True)  # no rows: k and v were not read
         for view, grad in zip((dq, dk, dv), grads, strict=True):
             view.copy_(grad)
+
+
+def _has_cpu_kernel(q: Tensor, **options: Unpack[Options]) -> bool:
+    """Whether torch's flash attention for CPUs can do it: its forward returns lse, so its backward repeats nothing."""
+    return q.device.type == "cpu" and options.get("softcap") is None
+
+
+def _cpu_layout(length: int, window: int | None, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
+    """(is_causal, attn_mask) as that kernel wants them: a mask in the inputs' dtype, where there is a band."""
+    if window is None or length <= window:
+        return True, None
+    hidden = ~_visible(length, window, torch.device("cpu"))
+    return False, torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
+def _cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
+    for query, key, value, result, sums in _documents(cu_seqlens, q, k, v, out, lse.T):
+        if len(query):
+            heads = [x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
+            causal, mask = _cpu_layout(len(query), window, q.dtype)
+            attended, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *heads, 0.0, causal, attn_mask=mask, scale=scale
+            )
+            result.copy_(attended.squeeze(0).transpose(0, 1))
+            sums.copy_(logsumexp.squeeze(0).T)
+    return out, lse
+
+
+def _cpu_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cu_seqlens: Tensor,
+    window: int | None,
+    scale: float | None,
+) -> None:
+    """lse (T, Nq); the rest as in `AttentionBackend.backward`."""
+    group = q.shape[1] // k.shape[1]
+    for document in _documents(cu_seqlens, d_out, q, k, v, out, lse, dq, dk, dv):
+        length = len(document[0])
+        if not length:
+            continue
+        gradient, query, key, value, result, sums = (x.transpose(0, 1).unsqueeze(0) for x in document[:6])
+        causal, mask = _cpu_layout(length, window, q.dtype)
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))  # its backward takes no grouped heads
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradient, query, key, value, result, sums, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        d_query, d_key, d_value = (x.squeeze(0).transpose(0, 1) for x in grads)
+        document[6].copy_(d_query)
+        document[7].copy_(d_key.unflatten(1, (-1, group)).sum(2))
+        document[8].copy_(d_value.unflatten(1, (-1, group)).sum(2))
 
 
 class TorchVarlen(AttentionBackend):
@@ -304,6 +371,18 @@ def plain_backend(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     if device.type == "cuda" and dtype in HALF and torch.cuda.get_device_capability(device) >= (8, 0):
         return TorchVarlen()
     return PerDocument()
+
+
+class ByDevice(AttentionBackend):
+    """`plain_backend` of whatever tensors come."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
+    ) -> tuple[Tensor, Tensor]:
+        return plain_backend(q.device, q.dtype).forward(q, k, v, cu_seqlens, max_seqlen, **options)
+
+    def backward(self, d_out: Tensor, q: Tensor, *rest: Any, **options: Unpack[Options]) -> None:
+        plain_backend(q.device, q.dtype).backward(d_out, q, *rest, **options)
 
 
 def varlen_attention(

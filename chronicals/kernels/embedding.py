@@ -27,19 +27,40 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, token_order: Tensor) -> Tensor:
         ctx.save_for_backward(tokens, token_order)
         ctx.rows = len(weight)
-        return F.embedding(tokens, weight)
+        return embedding_forward(tokens, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         tokens, token_order = ctx.saved_tensors
-        ids = tokens[token_order]
-        run = torch.cat((ids.new_zeros(min(1, len(ids))), (ids[1:] != ids[:-1]).cumsum(0)))
-        upstream = d_out[token_order].to(torch.promote_types(d_out.dtype, torch.float32))
-        sums = torch.zeros_like(upstream).index_add_(0, run, upstream)
-        grad = d_out.new_zeros(ctx.rows, d_out.shape[1])
-        grad[ids] = sums[run].to(grad.dtype)  # slots of one token write the same row
+        grad = d_out.new_empty(ctx.rows, d_out.shape[1])
+        embedding_backward(d_out, tokens, token_order, grad, add=False)
         return None, grad, None
+
+
+def embedding_forward(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a (V, H) table, without autograd: (T,) int64 -> (T, H)."""
+    return F.embedding(tokens, weight)
+
+
+def embedding_backward(d_out: Tensor, tokens: Tensor, token_order: Tensor, grad: Tensor, *, add: bool) -> None:
+    """Writes the table's gradient into `grad`, or adds it to what is there.
+
+    Args:
+        d_out: (T, H).
+        tokens: (T,) int64.
+        token_order: (T,) integers, the slots of `tokens` sorted by token, stable.
+        grad: (V, H), any float dtype; each sum is rounded to it once.
+        add: keep what is there; else it is zeroed first, all of it.
+    """
+    if not add:
+        grad.zero_()
+    ids = tokens[token_order]
+    first = torch.cat((ids.new_ones(min(1, len(ids))), ids[1:] != ids[:-1])).bool()
+    upstream = d_out[token_order].to(torch.promote_types(d_out.dtype, torch.float32))
+    distinct = ids[first]
+    sums = upstream.new_zeros(len(distinct), d_out.shape[1]).index_add_(0, first.cumsum(0) - 1, upstream)
+    grad[distinct] = (sums + grad[distinct]).to(grad.dtype)
 
 
 def embedding(tokens: Tensor, weight: Tensor, token_order: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}  # torch's names of the two
 
 
 def glu_reference(gate_up: Tensor, activation: str) -> Tensor:
@@ -53,3 +54,36 @@ def glu(gate_up: Tensor, activation: str) -> Tensor:
         raise ValueError(f"unknown activation {activation!r}: one of {', '.join(_ACTIVATIONS)}")
     gate, up = gate_up.chunk(2, dim=-1)
     return _ACTIVATIONS[activation](gate) * up
+
+
+def glu_forward(gate_up: Tensor, activation: str, *, out: Tensor | None = None) -> Tensor:
+    """`glu` without autograd, written to `out` (T, F) where given."""
+    product = glu(gate_up, activation)
+    return product if out is None else out.copy_(product)
+
+
+def glu_backward(
+    d_out: Tensor, gate_up: Tensor, activation: str, *, d_gate_up: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """The gradient of `gate_up`, and the forward's output again where it is wanted.
+
+    Args:
+        d_out: (T, F), the gradient of the output.
+        gate_up: (T, 2F), the forward's input.
+        activation: as in the forward.
+        d_gate_up: (T, 2F), written; may be `gate_up`.
+        out: (T, F), written with the forward's output; may be `d_out`. None: not computed.
+
+    Returns:
+        `d_gate_up`.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    value = _ACTIVATIONS[activation](gate)
+    d_up = d_out * value
+    if activation == "silu":
+        d_gate = torch.ops.aten.silu_backward(d_out * up, gate)
+    else:
+        d_gate = torch.ops.aten.gelu_backward(d_out * up, gate, approximate=_APPROXIMATE[activation])
+    if out is not None:
+        out.copy_(value * up)
+    return torch.cat((d_gate, d_up), dim=-1, out=d_gate_up)

@@ -7,6 +7,8 @@ the model is built:
     matmul_into(buffer, add, d_out.t(), x)      # or vector_into, for norms and biases
     return sink.close(parameter, buffer)        # what the autograd function returns for the parameter
 
+A layer half has several weights, frozen ones among them: it writes them through one `WeightGradients`.
+
 `InPlace` writes float32 or bf16 buffers directly: a float32 gradient cannot live in the `.grad` of a bf16 parameter,
 and nothing is copied or zeroed. `Autograd` returns the gradient, so that the hooks of DDP and FSDP2 fire; under
 `InPlace` they fire too, with None, and each rank would train alone without a word. Hence it is refused there.
@@ -16,7 +18,7 @@ Nothing may drain, check or count gradients in a parameter hook under `InPlace`:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -102,3 +104,29 @@ def matmul_into(buffer: Tensor, add: bool, left: Tensor, right: Tensor) -> None:
 def vector_into(buffer: Tensor, add: bool, gradient: Tensor) -> None:
     """`buffer = gradient`, or `+=` where `add`; `gradient` was reduced in float32."""
     buffer.add_(gradient) if add else buffer.copy_(gradient)
+
+
+class WeightGradients:
+    """The weight gradients of one backward call: written into the sink one by one, returned to autograd together."""
+
+    def __init__(self, sink: GradSink) -> None:
+        self.sink = sink
+        self._returned: dict[Tensor, Tensor | None] = {}
+
+    def matmul(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
+        """`left @ right` is the gradient of `parameter`; nothing is computed for a frozen one. (M, K), (K, N)."""
+        if parameter.requires_grad:
+            buffer, add = self.sink.open(parameter)
+            matmul_into(buffer, add, left, right)
+            self._returned[parameter] = self.sink.close(parameter, buffer)
+
+    def vector(self, parameter: Tensor, gradient: Tensor) -> None:
+        """`gradient`, of the parameter's shape, is its gradient."""
+        if parameter.requires_grad:
+            buffer, add = self.sink.open(parameter)
+            vector_into(buffer, add, gradient)
+            self._returned[parameter] = self.sink.close(parameter, buffer)
+
+    def of(self, parameters: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+        """What an autograd function returns for them; None where there is nothing to return."""
+        return tuple(self._returned.get(parameter) for parameter in parameters)

@@ -1,7 +1,9 @@
 """The bundle of ops a decoder is built from: chosen once, at build, so that no forward asks which one it has.
 
-`REFERENCE` is plain PyTorch and runs anywhere. `fused()` is Triton and FlashAttention for NVIDIA and AMD GPUs, with
-the same signatures: the decoder cannot tell. It is a function because a CPU has no triton to import.
+They are raw halves, forward and backward, without autograd: the decoder's layers write their backward pass by hand and
+decide themselves what is kept and what is computed again. `REFERENCE` is plain PyTorch and runs anywhere. `fused()` is
+Triton and FlashAttention for NVIDIA and AMD GPUs, with the same signatures: the decoder cannot tell. It is a function
+because a CPU has no triton to import.
 """
 
 from __future__ import annotations
@@ -12,27 +14,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chronicals.kernels.attention import varlen_attention
-from chronicals.kernels.embedding import embedding
-from chronicals.kernels.glu import glu
+from chronicals.kernels import embedding, glu, rmsnorm, rope
+from chronicals.kernels.attention import AttentionBackend, ByDevice
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy
-from chronicals.kernels.rmsnorm import rmsnorm
-from chronicals.kernels.rope import rope
 
 
 @dataclass(frozen=True)
 class Ops:
-    """One callable per op; shapes and meaning are those of the function of that name in this package."""
+    """One callable per half; shapes and meaning are those of the function of that name in this package."""
 
-    embedding: Callable[..., Tensor]
-    rmsnorm: Callable[..., Tensor]
-    rope: Callable[..., tuple[Tensor, Tensor]]
-    glu: Callable[..., Tensor]
-    attention: Callable[..., Tensor]
-    linear_cross_entropy: Callable[..., Tensor]
+    embedding_forward: Callable[..., Tensor]
+    embedding_backward: Callable[..., None]
+    rmsnorm_forward: Callable[..., tuple[Tensor, Tensor]]
+    add_rmsnorm_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    rmsnorm_recompute: Callable[..., Tensor]
+    rmsnorm_backward: Callable[..., tuple[Tensor, Tensor | None]]
+    reduce_partials: Callable[..., Tensor]
+    rope_qkv_: Callable[..., None]
+    glu_forward: Callable[..., Tensor]
+    glu_backward: Callable[..., Tensor]
+    attention: AttentionBackend
+    linear_cross_entropy: Callable[..., Tensor]  # differentiable: the one op that is a step of its own
 
 
-REFERENCE = Ops(embedding, rmsnorm, rope, glu, varlen_attention, linear_cross_entropy)
+REFERENCE = Ops(
+    embedding_forward=embedding.embedding_forward,
+    embedding_backward=embedding.embedding_backward,
+    rmsnorm_forward=rmsnorm.rmsnorm_forward,
+    add_rmsnorm_forward=rmsnorm.add_rmsnorm_forward,
+    rmsnorm_recompute=rmsnorm.rmsnorm_recompute,
+    rmsnorm_backward=rmsnorm.rmsnorm_backward,
+    reduce_partials=rmsnorm.reduce_partials,
+    rope_qkv_=rope.rope_qkv_,
+    glu_forward=glu.glu_forward,
+    glu_backward=glu.glu_backward,
+    attention=ByDevice(),
+    linear_cross_entropy=linear_cross_entropy,
+)
 
 
 def fused(
@@ -54,10 +72,16 @@ def fused(
     from chronicals.kernels.fused import attention, embedding, glu, linear_cross_entropy, rmsnorm, rope
 
     return Ops(
-        embedding=embedding.embedding,
-        rmsnorm=rmsnorm.rmsnorm,
-        rope=rope.rope,
-        glu=glu.glu,
+        embedding_forward=embedding.embedding_forward,
+        embedding_backward=embedding.embedding_backward,
+        rmsnorm_forward=rmsnorm.rmsnorm_forward,
+        add_rmsnorm_forward=rmsnorm.add_rmsnorm_forward,
+        rmsnorm_recompute=rmsnorm.rmsnorm_recompute,
+        rmsnorm_backward=rmsnorm.rmsnorm_backward,
+        reduce_partials=rmsnorm.reduce_partials,
+        rope_qkv_=rope.rope_qkv_,
+        glu_forward=glu.glu_forward,
+        glu_backward=glu.glu_backward,
         attention=attention.backend_for(torch.device(device), dtype, head_dim=head_dim, deterministic=deterministic),
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
     )

@@ -31,8 +31,86 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tenso
     Returns:
         (..., H) in the dtype of `x` (of `x * weight` where those differ and `offset` is 0, as in transformers).
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return _scaled(x, _rstd(x, eps), weight, offset)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    """(..., 1): 1 / sqrt(mean square + eps)."""
+    return torch.rsqrt(_wide(x).square().mean(-1, keepdim=True) + eps)
+
+
+def _scaled(x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
+    normalised = _wide(x) * rstd
     if offset == 0.0:
         return weight * normalised.to(x.dtype)
-    return (normalised * (weight.to(wide.dtype) + offset)).to(x.dtype)
+    return (normalised * (_wide(weight) + offset)).to(x.dtype)
+
+
+def rmsnorm_forward(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`rmsnorm` without autograd: the normalised rows (..., H), written to `out` where given (it may be `x`), and rstd
+    (rows,), 1 / sqrt(mean square + eps)."""
+    rstd = _rstd(x, eps)
+    y = _scaled(x, rstd, weight, offset)
+    return y if out is None else out.copy_(y), rstd.flatten()
+
+
+def add_rmsnorm_forward(
+    residual: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum (T, H) of two (T, H), its norm (T, H), and rstd (T,)."""
+    total = residual + delta
+    return total, *rmsnorm_forward(total, weight, eps, offset)
+
+
+def rmsnorm_recompute(
+    x: Tensor, rstd: Tensor, weight: Tensor, offset: float = 0.0, *, out: Tensor | None = None
+) -> Tensor:
+    """The bits of the forward's norm once more, from its input (..., H) and rstd."""
+    y = _scaled(x, rstd.view(*x.shape[:-1], 1), weight, offset)
+    return y if out is None else out.copy_(y)
+
+
+def rmsnorm_backward(
+    d_normed: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    offset: float = 0.0,
+    *,
+    d_residual: Tensor | None = None,
+    out: Tensor | None = None,
+    weight_grad: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the norm's input, and the weight's in parts (docs/math/rmsnorm.md).
+
+    Args:
+        d_normed: (..., H), the gradient of the norm's output.
+        x: (..., H), what was normalised.
+        rstd: (rows,), from the forward.
+        d_residual: (T, H), the gradient that `x` has beside this one, added to the result.
+        out: shaped like `x`, strides free; may be `d_normed`. None: a new one.
+        weight_grad: whether the weight's gradient is wanted.
+
+    Returns:
+        (..., H) in the dtype of `x`, and (parts, H) for `reduce_partials`, or None.
+    """
+    rstd = rstd.view(*x.shape[:-1], 1)
+    normalised, upstream = _wide(x) * rstd, _wide(d_normed)
+    scaled = upstream * (_wide(weight) + offset)
+    dx = (scaled - normalised * (scaled * normalised).mean(-1, keepdim=True)) * rstd
+    if d_residual is not None:
+        dx += d_residual
+    partial = (upstream * normalised).flatten(0, -2).sum(0, keepdim=True) if weight_grad else None
+    return dx.to(x.dtype) if out is None else out.copy_(dx), partial
+
+
+def reduce_partials(partials: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """(parts, H) -> (H,), or (norms, parts, H) -> (norms, H): the sums over the parts, in `dtype`."""
+    total = partials.sum(-2).to(dtype)
+    return total if out is None else out.copy_(total)

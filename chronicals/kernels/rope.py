@@ -68,3 +68,29 @@ def _parts(x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The two halves that turn into each other, (T, N, R/2) each, and what passes, (T, N, D - R)."""
     half = cos.shape[-1]
     return x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+
+
+def rope_qkv_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_key_value_heads: int,
+    *,
+    positions: Tensor | None = None,
+    inverse: bool = False,
+) -> None:
+    """Turns the queries and keys of a packed projection where they lie; no autograd.
+
+    Args:
+        qkv: (T, (Nq + 2 Nk) D), query heads, then key heads, then value heads.
+        cos, sin: (T, R/2) float32, or with `positions` (P, R/2), a row for each position; R <= D.
+        num_heads, num_key_value_heads: Nq, Nk; a buffer of N turning heads alone is N and 0.
+        positions: (T,) integers below P.
+        inverse: turn back; applied to the gradient of turned q and k it gives that of q and k.
+    """
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    heads = qkv.unflatten(1, (num_heads + 2 * num_key_value_heads, -1))
+    turning = heads[:, : num_heads + num_key_value_heads]
+    turning.copy_(_rotate(turning, cos, -sin if inverse else sin))

@@ -19,27 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
+from chronicals.kernels.grad_sink import Autograd, GradSink
 from chronicals.kernels.ops import REFERENCE, Ops
 from chronicals.kernels.rope import rope_tables
 from chronicals.models.config import ModelConfig
+from chronicals.models.layer import DecoderLayer, Recompute, RMSNorm, Stream, final_norm
 from chronicals.models.projection import Projection
 from chronicals.models.resize import resized_rows
 from chronicals.models.rope import RopeConfig
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm with a weight, over the last dimension."""
-
-    def __init__(self, size: int, eps: float, ops: Ops, **factory: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, **factory))
-        self.eps, self.op = eps, ops.rmsnorm
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., size)."""
-        return self.op(x, self.weight, self.eps)
 
 
 class Embedding(nn.Module):
@@ -48,15 +37,31 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, ops: Ops, **factory: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, **factory))
-        self.op = ops.embedding
+        self.ops = ops
 
-    def forward(self, tokens: Tensor, token_order: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, token_order: Tensor, sink: GradSink) -> Tensor:
         """(T,), (T,) -> (T, H)."""
-        return self.op(tokens, self.weight, token_order)
+        return _Embed.apply(self.ops, sink, tokens, token_order, self.weight)
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ops: Ops, sink: GradSink, tokens: Tensor, token_order: Tensor, weight: Tensor) -> Tensor:
+        ctx.ops, ctx.sink = ops, sink
+        ctx.save_for_backward(tokens, token_order, weight)
+        return ops.embedding_forward(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, token_order, weight = ctx.saved_tensors
+        buffer, add = ctx.sink.open(weight)
+        ctx.ops.embedding_backward(d_out, tokens, token_order, buffer, add=add)
+        return *(None,) * 4, ctx.sink.close(weight, buffer)
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of the tokens' positions, float32 whatever the model's dtype."""
+    """Cosines and sines, float32 whatever the model's dtype: a row for each position, looked up by the layers."""
 
     inv_freq: Tensor
 
@@ -64,6 +69,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.rope, self.head_dim = rope, head_dim
         self.register_buffer("inv_freq", self._frequencies().to(device), persistent=False)
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}  # number of positions -> cos, sin; made once a run
 
     def _frequencies(self) -> Tensor:
         return self.rope.inv_freq(self.head_dim)
@@ -72,11 +78,16 @@ class RotaryEmbedding(nn.Module):
         # `.to(bfloat16)` must not round the frequencies, nor `to_empty` lose them: follow the device, keep the values
         super()._apply(fn, recurse)
         self.inv_freq = self._frequencies().to(self.inv_freq.device)
+        self._tables.clear()
         return self
 
-    def forward(self, positions: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """(T,), (documents + 1,) -> cos, sin: (T, R/2) float32 each, R the elements of a head that turn."""
-        return rope_tables(positions, self.inv_freq, self.rope.attention_scaling)
+    def forward(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(T,), (documents + 1,) -> cos, sin (P, R/2) float32, R the elements of a head that turn, and each token's row
+        of them (T,); or a row for each token, and None."""
+        if max_seqlen not in self._tables:
+            everywhere = torch.arange(max_seqlen, device=self.inv_freq.device)
+            self._tables[max_seqlen] = rope_tables(everywhere, self.inv_freq, self.rope.attention_scaling)
+        return *self._tables[max_seqlen], positions
 
 
 class LongRotaryEmbedding(RotaryEmbedding):
@@ -86,77 +97,15 @@ class LongRotaryEmbedding(RotaryEmbedding):
     def _frequencies(self) -> Tensor:
         return torch.stack([self.rope.inv_freq(self.head_dim, long=long) for long in (False, True)])
 
-    def forward(self, positions: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """(T,), (documents + 1,) -> cos, sin: (T, R/2) float32 each, R the elements of a head that turn."""
+    def forward(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(T,), (documents + 1,) -> cos, sin (T, R/2) float32, a row for each token, and None."""
         slots = torch.arange(len(positions), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         ends = torch.searchsorted(cu_seqlens, slots, right=True)
         lengths = cu_seqlens[ends] - cu_seqlens[ends - 1]
         original = self.rope.original_max_position_embeddings
         assert original is not None
         inv_freq = torch.where((lengths > original).unsqueeze(1), self.inv_freq[1], self.inv_freq[0])
-        return rope_tables(positions, inv_freq, self.rope.attention_scaling)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention over packed documents."""
-
-    def __init__(self, config: ModelConfig, window: int | None, ops: Ops, **factory: Any) -> None:
-        super().__init__()
-        queries, keys, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.heads, self.width, self.window = (queries, keys, keys), width, window
-        self.rope, self.attention = ops.rope, ops.attention
-        self.qkv_proj = Projection(config.hidden_size, sum(self.heads) * width, bias=config.qkv_bias, **factory)
-        self.q_norm = RMSNorm(width, config.rms_norm_eps, ops, **factory) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(width, config.rms_norm_eps, ops, **factory) if config.qk_norm else nn.Identity()
-        self.o_proj = Projection(queries * width, config.hidden_size, bias=config.o_bias, **factory)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """(T, H) -> (T, H)."""
-        q, k, v = self.qkv_proj(x).unflatten(1, (-1, self.width)).split(self.heads, dim=1)
-        q, k = self.rope(self.q_norm(q), self.k_norm(k), cos, sin)
-        out = self.attention(q, k, v, cu_seqlens, max_seqlen, window=self.window)
-        return self.o_proj(out.flatten(1))
-
-
-class MLP(nn.Module):
-    """Gated feed-forward."""
-
-    def __init__(self, config: ModelConfig, ops: Ops, **factory: Any) -> None:
-        super().__init__()
-        self.activation, self.glu = config.activation, ops.glu
-        self.gate_up_proj = Projection(
-            config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias, **factory
-        )
-        self.down_proj = Projection(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, H) -> (T, H)."""
-        return self.down_proj(self.glu(self.gate_up_proj(x), self.activation))
-
-
-class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind its norm and beside its residual."""
-
-    def __init__(self, config: ModelConfig, index: int, ops: Ops, **factory: Any) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, **factory)
-        self.self_attn = Attention(config, config.windows[index], ops, **factory)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, **factory)
-        self.mlp = MLP(config, ops, **factory)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """(T, H) -> (T, H)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-def _run(layer: nn.Module, *args: Any) -> Tensor:
-    return layer(*args)
-
-
-def _run_again_in_backward(layer: nn.Module, *args: Any) -> Tensor:
-    # nothing in a layer draws random numbers, so their state need not be kept
-    return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+        return *rope_tables(positions, inv_freq, self.rope.attention_scaling), None
 
 
 class Decoder(nn.Module):
@@ -183,16 +132,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, **factory)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Projection(config.hidden_size, config.vocab_size, bias=False, **factory)
-        self.recompute = False
+        self.sink: GradSink = Autograd()
 
-    @property
-    def recompute(self) -> bool:
-        """Keep only each layer's input and run the layer again in backward: less memory, a third more compute."""
-        return self._run is _run_again_in_backward
-
-    @recompute.setter
-    def recompute(self, value: bool) -> None:
-        self._run = _run_again_in_backward if value else _run
+    def set_recompute(self, policy: Recompute, layers: int | None = None) -> None:
+        """What backward computes again instead of keeping it (see layer.py): in the first `layers` layers, or in all;
+        "light" in the others."""
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            layer.recompute = policy if layers is None or index < layers else "light"
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -207,7 +154,7 @@ class Decoder(nn.Module):
         max_seqlen: int,
         token_order: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm.
+        """Hidden states after the final norm; a new micro-batch for `sink`, which takes every weight's gradient.
 
         Args:
             tokens: (T,) int64.
@@ -220,11 +167,13 @@ class Decoder(nn.Module):
             (T, H) in the parameters' dtype.
         """
         token_order = tokens.argsort(stable=True).int() if token_order is None else token_order
-        x = self.embed_tokens(tokens, token_order)
-        cos, sin = self.rotary_emb(positions, cu_seqlens)
+        self.sink.start()
+        cos, sin, rows = self.rotary_emb(positions, cu_seqlens, max_seqlen)
+        stream = Stream(cos, sin, rows, cu_seqlens, max_seqlen, self.sink)
+        residual, delta = self.embed_tokens(tokens, token_order, self.sink), None
         for layer in self.layers:
-            x = self._run(layer, x, cos, sin, cu_seqlens, max_seqlen)
-        return self.norm(x)
+            residual, delta = layer(residual, delta, stream)
+        return final_norm(self.norm, residual, delta, self.sink)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

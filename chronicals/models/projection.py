@@ -1,7 +1,8 @@
 """Linear maps of the decoder, as one class with one seam: whatever multiplies by a weight goes through a projection.
 
 A plain projection holds its weight as it is. LoRA, NF4 and FP8 projections replace the class when the model is built;
-the decoder does not know which one it runs.
+the layers do not know which one they run. Forward and backward are methods without autograd: the layer halves call
+them from autograd functions of their own (see layer.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from chronicals.kernels.grad_sink import WeightGradients
 
 
 class Projection(nn.Module):
@@ -33,3 +36,13 @@ class Projection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, in) -> (T, out)."""
         return F.linear(x, self.weight, self.bias)
+
+    def input_grad(self, d_out: Tensor) -> Tensor:
+        """(T, out) -> (T, in)."""
+        return d_out @ self.weight
+
+    def weight_grads(self, d_out: Tensor, x: Tensor, gradients: WeightGradients) -> None:
+        """The gradients of weight and bias, from d_out (T, out) and the forward's x (T, in)."""
+        gradients.matmul(self.weight, d_out.t(), x)
+        if self.bias is not None:
+            gradients.vector(self.bias, d_out.sum(0, dtype=torch.promote_types(d_out.dtype, torch.float32)))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views, load_model, save_model
+from chronicals.models.layer import Recompute
 from chronicals.models.rope import RopeConfig
 from tests.kernels.numerics import relative_error
 from tests.models.tiny import CHECKPOINTS, documents, packed, reference_of, save_reference
@@ -117,13 +118,15 @@ def test_packed_equals_alone(pair: tuple[Path, nn.Module]) -> None:
         assert relative_error(grad, expected) < TOLERANCE, name
 
 
-def test_recompute_changes_nothing(pair: tuple[Path, nn.Module]) -> None:
+@pytest.mark.parametrize("policy", ["light", "mlp", "full"])
+def test_recompute_changes_nothing(pair: tuple[Path, nn.Module], policy: Recompute) -> None:
     model, streams = load_model(pair[0]), documents()
+    model.set_recompute("none")
     kept = torch.autograd.grad(logits_and_loss(model, streams)[1], list(model.parameters()))
-    model.recompute = True
-    assert model.recompute
-    again = torch.autograd.grad(logits_and_loss(model, streams)[1], list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    for layers in (None, 1):
+        model.set_recompute(policy, layers)
+        again = torch.autograd.grad(logits_and_loss(model, streams)[1], list(model.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
 def test_transformers_loads_what_we_save(pair: tuple[Path, nn.Module], tmp_path: Path) -> None:

@@ -1,0 +1,406 @@
+"""One transformer layer: two halves, attention and MLP, each with a backward pass written by hand.
+
+A half takes `(residual, delta)`, the stream and what the half before it adds to it, and returns the same pair: the add
+happens inside its norm, which reads and writes the stream once.
+
+    x = residual + delta;  h = norm(x)
+    attention:  delta' = o_proj(attention(rope(qkv_proj(h))))          returns (x, delta')
+    MLP:        delta' = down_proj(glu(gate_up_proj(h)))               returns (x, delta')
+
+Whoever comes next adds the two, so both have one and the same gradient d, and backward returns one tensor for both
+inputs: d plus what comes back through the norm. Weight gradients go to the model's `GradSink`.
+
+What is kept for backward, and what is computed again, is a layer's `recompute`:
+
+    none    everything that backward reads is kept
+    light   but the normed inputs and the GLU's product: elementwise passes make them again, bit for bit
+    mlp     nor the gate-up projection's output: one more matmul
+    full    nothing but the layer's input: the whole layer again, except its last projection
+
+Left out: dropout, and norms after the halves (Gemma 2).
+
+Shapes: T tokens, H hidden, Nq and Nk query and key heads, D head width, F intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from chronicals.kernels.grad_sink import GradSink, WeightGradients
+from chronicals.kernels.ops import Ops
+from chronicals.models.config import ModelConfig
+from chronicals.models.projection import Projection
+
+Recompute = Literal["none", "light", "mlp", "full"]
+_DROPPED: dict[Recompute, tuple[str, ...]] = {
+    "none": (),
+    "light": ("normed", "product"),
+    "mlp": ("normed", "product", "gate_up"),
+}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What every layer must know of the tokens, and where it leaves its weights' gradients."""
+
+    cos: Tensor  # (P, R/2) float32, a row for each position; without positions (T, R/2), one for each token
+    sin: Tensor
+    positions: Tensor | None  # (T,)
+    cu_seqlens: Tensor  # (documents + 1,) int32
+    max_seqlen: int
+    sink: GradSink
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with a weight, over the last dimension; without autograd."""
+
+    def __init__(self, size: int, eps: float, ops: Ops, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, **factory))
+        self.eps, self.ops = eps, ops
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(..., size) -> its norm, and rstd (rows,)."""
+        return self.ops.rmsnorm_forward(x, self.weight, self.eps, out=out)
+
+    def add(self, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, size) each -> their sum, its norm, rstd (T,). Before the first half there is no delta."""
+        if delta is None:
+            return residual, *self(residual)
+        return self.ops.add_rmsnorm_forward(residual, delta, self.weight, self.eps)
+
+    def again(self, x: Tensor, rstd: Tensor) -> Tensor:
+        """The norm of x once more."""
+        return self.ops.rmsnorm_recompute(x, rstd, self.weight)
+
+    def backward(
+        self,
+        d_normed: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        gradients: WeightGradients,
+        *,
+        d_residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The gradient of x, with `d_residual` added."""
+        dx, partial = self.ops.rmsnorm_backward(
+            d_normed, x, rstd, self.weight, d_residual=d_residual, out=out, weight_grad=self.weight.requires_grad
+        )
+        if partial is not None:
+            gradients.vector(self.weight, self.ops.reduce_partials(partial, partial.dtype))
+        return dx
+
+
+class Attention(nn.Module):
+    """The weights of grouped-query attention, and what happens to q and k between projection and attention."""
+
+    def __init__(self, config: ModelConfig, window: int | None, ops: Ops, **factory: Any) -> None:
+        super().__init__()
+        self.queries, self.keys, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.window, self.ops = window, ops
+        heads = self.queries + 2 * self.keys
+        self.qkv_proj = Projection(config.hidden_size, heads * self.width, bias=config.qkv_bias, **factory)
+        self.o_proj = Projection(self.queries * self.width, config.hidden_size, bias=config.o_bias, **factory)
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, (Nq + 2 Nk) D) -> views q (T, Nq, D), k and v (T, Nk, D)."""
+        q, k, v = qkv.unflatten(1, (-1, self.width)).split((self.queries, self.keys, self.keys), dim=1)
+        return q, k, v
+
+    def turn(self, qkv: Tensor, stream: Stream) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What attention reads its q, k and v from, and rstd of q and k where they are normed; may overwrite `qkv`."""
+        self.ops.rope_qkv_(qkv, stream.cos, stream.sin, self.queries, self.keys, positions=stream.positions)
+        return qkv, None, None
+
+    def turn_back(self, d_qkv: Tensor, saved: AttentionSaved, stream: Stream, gradients: WeightGradients) -> None:
+        """Makes of the gradient of what `turn` returned that of its input, in place."""
+        self.ops.rope_qkv_(
+            d_qkv, stream.cos, stream.sin, self.queries, self.keys, positions=stream.positions, inverse=True
+        )
+
+
+class NormedAttention(Attention):
+    """Attention that norms each head of q and k before they turn (Qwen3)."""
+
+    def __init__(self, config: ModelConfig, window: int | None, ops: Ops, **factory: Any) -> None:
+        super().__init__(config, window, ops, **factory)
+        self.q_norm = RMSNorm(self.width, config.rms_norm_eps, ops, **factory)
+        self.k_norm = RMSNorm(self.width, config.rms_norm_eps, ops, **factory)
+
+    def turn(self, qkv: Tensor, stream: Stream) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        turned = torch.empty_like(qkv)
+        (q, k, v), (q_out, k_out, v_out) = self.heads(qkv), self.heads(turned)
+        _, q_rstd = self.q_norm(q, out=q_out)
+        _, k_rstd = self.k_norm(k, out=k_out)
+        v_out.copy_(v)
+        return super().turn(turned, stream)[0], q_rstd, k_rstd
+
+    def turn_back(self, d_qkv: Tensor, saved: AttentionSaved, stream: Stream, gradients: WeightGradients) -> None:
+        super().turn_back(d_qkv, saved, stream, gradients)
+        (q, k, _), (dq, dk, _) = self.heads(saved.qkv), self.heads(d_qkv)
+        assert saved.q_rstd is not None and saved.k_rstd is not None
+        self.q_norm.backward(dq, q, saved.q_rstd, gradients, out=dq)
+        self.k_norm.backward(dk, k, saved.k_rstd, gradients, out=dk)
+
+
+class MLP(nn.Module):
+    """The weights of a gated feed-forward."""
+
+    def __init__(self, config: ModelConfig, **factory: Any) -> None:
+        super().__init__()
+        hidden, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = Projection(hidden, 2 * width, bias=bias, **factory)
+        self.down_proj = Projection(width, hidden, bias=bias, **factory)
+
+
+@dataclass(frozen=True)
+class AttentionSaved:
+    x: Tensor  # (T, H), the sum that was normed
+    rstd: Tensor  # (T,) float32
+    normed: Tensor | None  # (T, H)
+    qkv: Tensor  # (T, (Nq + 2 Nk) D), as projected; turned in place where q and k are not normed
+    turned: Tensor  # the same shape: what attention read; where q and k are not normed it is `qkv`
+    q_rstd: Tensor | None
+    k_rstd: Tensor | None
+    out: Tensor  # (T, Nq, D)
+    lse: Tensor  # (Nq, T) float32
+
+
+@dataclass(frozen=True)
+class MLPSaved:
+    x: Tensor  # (T, H), the sum that was normed
+    rstd: Tensor  # (T,) float32
+    normed: Tensor | None  # (T, H)
+    gate_up: Tensor | None  # (T, 2F)
+    product: Tensor | None  # (T, F)
+
+
+@dataclass(frozen=True)
+class LayerSaved:
+    x: Tensor  # (T, H), the sum that the first half normed
+
+
+class Unit(Protocol):
+    """A stretch of a layer that autograd sees as one function."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its weights, always in the same order."""
+
+    def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, Any]:
+        """(T, H) each -> the same pair behind it, and what backward needs: a dataclass of tensors."""
+
+    def backward(self, saved: Any, d: Tensor, stream: Stream, gradients: WeightGradients) -> Tensor:
+        """(T, H), the gradient of both outputs -> that of both inputs. May overwrite what was saved."""
+
+
+class AttentionHalf:
+    """Grouped-query attention over packed documents, behind its norm."""
+
+    def __init__(self, norm: RMSNorm, attention: Attention, ops: Ops) -> None:
+        self.norm, self.attention, self.ops = norm, attention, ops
+        self.dropped: tuple[str, ...] = ()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return chain(self.norm.parameters(), self.attention.parameters())
+
+    def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> AttentionSaved:
+        """All of the forward pass but the last projection."""
+        attention = self.attention
+        x, normed, rstd = self.norm.add(residual, delta)
+        qkv = attention.qkv_proj(normed)
+        turned, q_rstd, k_rstd = attention.turn(qkv, stream)
+        out, lse = self.ops.attention.forward(
+            *attention.heads(turned), stream.cu_seqlens, stream.max_seqlen, window=attention.window
+        )
+        return AttentionSaved(x, rstd, normed, qkv, turned, q_rstd, k_rstd, out, lse)
+
+    def output(self, saved: AttentionSaved) -> Tensor:
+        """The last projection: (T, H)."""
+        return self.attention.o_proj(saved.out.flatten(1))
+
+    def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, AttentionSaved]:
+        saved = self.record(residual, delta, stream)
+        return saved.x, self.output(saved), _without(saved, self.dropped)
+
+    def backward(self, saved: AttentionSaved, d: Tensor, stream: Stream, gradients: WeightGradients) -> Tensor:
+        attention = self.attention
+        attention.o_proj.weight_grads(d, saved.out.flatten(1), gradients)
+        d_out = attention.o_proj.input_grad(d).view_as(saved.out)
+        d_qkv = torch.empty_like(saved.turned)
+        self.ops.attention.backward(
+            d_out,
+            *attention.heads(saved.turned),
+            saved.out,
+            saved.lse,
+            stream.cu_seqlens,
+            stream.max_seqlen,
+            *attention.heads(d_qkv),
+            window=attention.window,
+        )
+        del d_out
+        attention.turn_back(d_qkv, saved, stream, gradients)
+        normed = self.norm.again(saved.x, saved.rstd) if saved.normed is None else saved.normed
+        attention.qkv_proj.weight_grads(d_qkv, normed, gradients)
+        d_normed = attention.qkv_proj.input_grad(d_qkv)
+        return self.norm.backward(d_normed, saved.x, saved.rstd, gradients, d_residual=d)
+
+
+class MLPHalf:
+    """Gated feed-forward, behind its norm."""
+
+    def __init__(self, norm: RMSNorm, mlp: MLP, activation: str, ops: Ops) -> None:
+        self.norm, self.mlp, self.activation, self.ops = norm, mlp, activation, ops
+        self.dropped: tuple[str, ...] = ()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return chain(self.norm.parameters(), self.mlp.parameters())
+
+    def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> MLPSaved:
+        """All of the forward pass but the last projection."""
+        x, normed, rstd = self.norm.add(residual, delta)
+        gate_up = self.mlp.gate_up_proj(normed)
+        return MLPSaved(x, rstd, normed, gate_up, self.ops.glu_forward(gate_up, self.activation))
+
+    def output(self, saved: MLPSaved) -> Tensor:
+        """The last projection: (T, H)."""
+        assert saved.product is not None
+        return self.mlp.down_proj(saved.product)
+
+    def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, MLPSaved]:
+        saved = self.record(residual, delta, stream)
+        return saved.x, self.output(saved), _without(saved, self.dropped)
+
+    def backward(self, saved: MLPSaved, d: Tensor, stream: Stream, gradients: WeightGradients) -> Tensor:
+        mlp = self.mlp
+        normed = self.norm.again(saved.x, saved.rstd) if saved.normed is None else saved.normed
+        gate_up = mlp.gate_up_proj(normed) if saved.gate_up is None else saved.gate_up
+        d_product = mlp.down_proj.input_grad(d)
+        # the gradient takes the place of gate_up and, where the product was not kept, the product that of its gradient
+        again = d_product if saved.product is None else None
+        d_gate_up = self.ops.glu_backward(d_product, gate_up, self.activation, d_gate_up=gate_up, out=again)
+        mlp.down_proj.weight_grads(d, d_product if saved.product is None else saved.product, gradients)
+        del d_product, again
+        mlp.gate_up_proj.weight_grads(d_gate_up, normed, gradients)
+        d_normed = mlp.gate_up_proj.input_grad(d_gate_up)
+        return self.norm.backward(d_normed, saved.x, saved.rstd, gradients, d_residual=d)
+
+
+class WholeLayer:
+    """Both halves; only the layer's input is kept, and backward begins by running them again."""
+
+    def __init__(self, attention: AttentionHalf, mlp: MLPHalf) -> None:
+        self.attention, self.mlp = attention, mlp
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return chain(self.attention.parameters(), self.mlp.parameters())
+
+    def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[AttentionSaved, MLPSaved]:
+        first = self.attention.record(residual, delta, stream)
+        return first, self.mlp.record(first.x, self.attention.output(first), stream)
+
+    def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, LayerSaved]:
+        first, second = self.record(residual, delta, stream)
+        return second.x, self.mlp.output(second), LayerSaved(first.x)
+
+    def backward(self, saved: LayerSaved, d: Tensor, stream: Stream, gradients: WeightGradients) -> Tensor:
+        first, second = self.record(saved.x, None, stream)
+        d = self.mlp.backward(second, d, stream, gradients)
+        del second
+        return self.attention.backward(first, d, stream, gradients)
+
+
+class _Run(torch.autograd.Function):
+    """A unit under autograd. Its weights are arguments so that their gradients can be returned."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, unit: Unit, stream: Stream, residual: Tensor, delta: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, out, saved = unit.forward(residual, delta, stream)
+        ctx.unit, ctx.stream, ctx.kind, ctx.has_delta = unit, stream, type(saved), delta is not None
+        ctx.save_for_backward(*(getattr(saved, field.name) for field in fields(saved)))
+        return x, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_x: Tensor, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        assert d_x.data_ptr() == d_out.data_ptr(), "both outputs feed one sum, and nothing else"
+        assert ctx.unit is not None, "backward overwrites what forward kept: it runs once"
+        gradients = WeightGradients(ctx.stream.sink)
+        d = ctx.unit.backward(ctx.kind(*ctx.saved_tensors), d_x, ctx.stream, gradients)
+        returned = gradients.of(ctx.unit.parameters())
+        ctx.unit = None
+        return None, None, d, d if ctx.has_delta else None, *returned
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind its norm and beside its residual."""
+
+    def __init__(self, config: ModelConfig, index: int, ops: Ops, **factory: Any) -> None:
+        super().__init__()
+        attention = NormedAttention if config.qk_norm else Attention
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, **factory)
+        self.self_attn = attention(config, config.windows[index], ops, **factory)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, **factory)
+        self.mlp = MLP(config, **factory)
+        self._halves = (
+            AttentionHalf(self.input_layernorm, self.self_attn, ops),
+            MLPHalf(self.post_attention_layernorm, self.mlp, config.activation, ops),
+        )
+        self.recompute = "light"
+
+    @property
+    def recompute(self) -> Recompute:
+        """What is computed again in backward: "none", "light", "mlp" or "full"; see the top of this file."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, policy: Recompute) -> None:
+        self._recompute = policy
+        self._units: tuple[Unit, ...] = (WholeLayer(*self._halves),) if policy == "full" else self._halves
+        for half in self._halves:
+            half.dropped = _DROPPED.get(policy, ())
+
+    def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """(T, H) each -> the pair behind this layer, whose sum is the stream."""
+        for unit in self._units:
+            residual, delta = _Run.apply(unit, stream, residual, delta, *unit.parameters())
+        return residual, delta
+
+
+class _FinalNorm(torch.autograd.Function):
+    """The norm of the last pair's sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, norm: RMSNorm, sink: GradSink, residual: Tensor, delta: Tensor | None, weight: Tensor
+    ) -> Tensor:
+        x, normed, rstd = norm.add(residual, delta)
+        ctx.norm, ctx.sink, ctx.has_delta = norm, sink, delta is not None
+        ctx.save_for_backward(x, rstd)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = WeightGradients(ctx.sink)
+        d = ctx.norm.backward(d_normed, *ctx.saved_tensors, gradients)
+        return None, None, d, d if ctx.has_delta else None, *gradients.of([ctx.norm.weight])
+
+
+def final_norm(norm: RMSNorm, residual: Tensor, delta: Tensor | None, sink: GradSink) -> Tensor:
+    """(T, H) each -> the norm of their sum, differentiable."""
+    return _FinalNorm.apply(norm, sink, residual, delta, norm.weight)
+
+
+def _without(saved: Any, dropped: tuple[str, ...]) -> Any:
+    """A copy without these fields, as far as it has them."""
+    return replace(saved, **{field.name: None for field in fields(saved) if field.name in dropped})
