@@ -11,8 +11,9 @@ often smaller than half a bf16 step of its weight and would be lost by rounding.
 instead, and bfloat16 weights may go without master: stochastic rounding keeps the small updates then, on average (see
 `chronicals/kernels/adamw.py`).
 
-On a GPU all of it is one launch of our own kernel, which also does the clipping. On the CPU the rule is torch's fused
-kernel, one pass over memory; the other formats run in plain PyTorch, for tests and small models.
+On a GPU all of it is one launch of our own kernel, which also does the clipping. On the CPU, and on GPUs too old for
+that, the rule is torch's fused kernel, one pass over memory; the other formats run in plain PyTorch, for tests and
+small models, and ask the host whether to write.
 
 Left out: amsgrad and maximize, which no fine-tuning recipe uses.
 """
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from chronicals.kernels.adamw import STATE_DTYPES, AdamWSlot, StateDtype, adamw_reference
+from chronicals.kernels.capability import why_not_fused
 
 # torch's kernel wants float32 gradients. Others are widened a bucket at a time, so that 256 MiB of copies are alive.
 BUCKET_ELEMENTS = 1 << 26
@@ -83,7 +85,7 @@ class AdamW:
         device = next(iter(self.parameters.values())).device
         self.step_count = torch.zeros((), dtype=torch.float32, device=device)
         self._update: Callable[..., None]
-        if device.type == "cuda":
+        if device.type == "cuda" and not why_not_fused(device):
             from chronicals.kernels.fused.adamw import FusedAdamW  # triton: only where there is a GPU
 
             self._lr = torch.zeros((), dtype=torch.float32, device=device)
@@ -133,6 +135,7 @@ class AdamW:
         slots, skip, divisor = list(self._slots.values()), 1.0 - written, clip_scale.reciprocal()
         for members in self._buckets:
             first = slots[members[0]]
+            rate = lr if isinstance(lr, Tensor) and lr.is_cuda else float(lr)  # on the device it may stay there
             torch._fused_adamw_(
                 [_trained(slots[i]) for i in members],
                 [grads[i].to(torch.float32) for i in members],
@@ -140,7 +143,7 @@ class AdamW:
                 [slots[i].exp_avg_sq for i in members],
                 [],
                 [self.step_count] * len(members),
-                lr=float(lr) * first.rate,
+                lr=rate * first.rate,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
                 weight_decay=first.decay,
