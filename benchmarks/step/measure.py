@@ -1,0 +1,139 @@
+"""One arm, in a process of its own: first step, warm-up, gate, then the clock.
+
+The gate: the first step's loss and gradient norm are those of transformers in float32 on the same weights and batch,
+the norm is not zero, every matrix has moved from the checkpoint, and, for our own arm, loss and every gradient of a
+full batch agree with transformers in float32 on the weights as they are after the warm-up. An arm whose gate is red
+gets its reason and no number.
+
+A step is timed by the wall from before its batch leaves the host until the device is idle. Memory is the peak of
+everything since the arm began to be built, without what the gate took: tensors allocated, what the allocator
+reserved (graphs keep their pools there), and what the device had in use in all.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from benchmarks.step.arm import Arm, synchronize
+from benchmarks.step.works import Work
+
+GIB = 2**30
+LOSS_TOLERANCE, NORM_TOLERANCE = 5e-3, 5e-2  # relative, bf16 against float32
+
+
+class Memory:
+    """Peaks in bytes over several windows; the gate's own use lies between them."""
+
+    def __init__(self, device: str) -> None:
+        self.on = device == "cuda"
+        self.peak = {"allocated": 0, "reserved": 0, "device": 0}
+
+    def start(self) -> None:
+        if self.on:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def look(self) -> None:
+        if not self.on:
+            return
+        free, total = torch.cuda.mem_get_info()
+        seen = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), total - free)
+        self.peak = {name: max(self.peak[name], now) for name, now in zip(self.peak, seen, strict=True)}
+
+
+def check_first_step(loss: float, grad_norm: float, expected: dict[str, float]) -> None:
+    """AssertionError where the arm did not compute what transformers computes in float32."""
+    assert loss == loss and abs(loss) != float("inf"), f"the loss is {loss}"
+    assert grad_norm == grad_norm and abs(grad_norm) != float("inf"), f"the gradient norm is {grad_norm}"
+    assert grad_norm > 0, "the gradient norm is 0: nothing is trained"
+    for name, ours, tolerance in (("loss", loss, LOSS_TOLERANCE), ("grad_norm", grad_norm, NORM_TOLERANCE)):
+        off = abs(ours / expected[name] - 1)
+        assert off <= tolerance, f"{name} is {ours:.5f}, transformers' in float32 {expected[name]:.5f}: {off:.1%} off"
+
+
+def check_moved(arm: Arm, folder: Path) -> None:
+    """AssertionError where a matrix is still, bit for bit, the checkpoint's.
+
+    Vectors are left out: in bf16 without stochastic rounding a step of 1e-5 cannot move a norm's weight of 1.
+    """
+    weights, still = arm.weights(), []
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        names = set(stored.keys())
+        assert names <= set(weights), f"the arm has no {sorted(names - set(weights))[:3]}"
+        for name in sorted(names):
+            before = stored.get_tensor(name)
+            if before.ndim >= 2 and torch.equal(weights[name].float(), before.to(weights[name].device).float()):
+                still.append(name)
+    assert not still, f"{len(still)} matrices did not move, {still[0]} first"
+
+
+def measure(
+    make: Callable[[], Arm], work: Work, folder: Path, expected: dict[str, float], started: float
+) -> dict[str, Any]:
+    """The arm's row: its numbers, or `error` and none.
+
+    Args:
+        make: builds the arm.
+        expected: loss and gradient norm of the first step, from transformers in float32.
+        started: `time.time()` at which this process began.
+    """
+    try:
+        return _measure(make, work, folder, expected, started)
+    except Exception as error:  # noqa: BLE001  an arm that cannot run is red, and the others still run
+        reason = " ".join(str(error).split())[:600]
+        return {"error": reason if isinstance(error, AssertionError) else f"{type(error).__name__}: {reason}"}
+
+
+def _measure(
+    make: Callable[[], Arm], work: Work, folder: Path, expected: dict[str, float], started: float
+) -> dict[str, Any]:
+    memory = Memory(work.device)
+    arm = make()
+    arm.step(0)
+    first_loss, first_norm = arm.loss(), arm.grad_norm()
+    first_seconds = time.time() - started
+    check_first_step(first_loss, first_norm, expected)
+    for index in range(1, work.warmup + 1):
+        arm.step(index)
+    synchronize(work.device)
+    memory.look()
+
+    check_moved(arm, folder)
+    gradients = arm.check_gradients()
+    memory.start()
+
+    seconds = []
+    for index in range(work.warmup + 1, work.warmup + 1 + work.timed):
+        start = time.perf_counter()
+        arm.step(index)
+        synchronize(work.device)
+        seconds.append(time.perf_counter() - start)
+        memory.look()
+    last_loss, last_norm = arm.loss(), arm.grad_norm()
+    for name, value in (("loss", last_loss), ("gradient norm", last_norm)):
+        assert value == value and abs(value) != float("inf") and value > 0, f"the last step's {name} is {value}"
+    assert last_loss < 1.05 * first_loss, f"the loss rose from {first_loss:.4f} to {last_loss:.4f}"
+    middle = statistics.median(seconds)
+    off = {"loss": first_loss / expected["loss"] - 1, "grad_norm": first_norm / expected["grad_norm"] - 1}
+    return {
+        "seconds": {"median": middle, "least": min(seconds), "most": max(seconds)},
+        "tokens_per_second": {
+            "median": work.tokens / middle,
+            "least": work.tokens / max(seconds),
+            "most": work.tokens / min(seconds),
+        },
+        "flops_per_second": sum(work.flops().values()) / middle,
+        "memory_gib": {name: peak / GIB for name, peak in memory.peak.items()} if memory.on else None,
+        "first_step_seconds": first_seconds,
+        "loss": {"first": first_loss, "last": last_loss},
+        "grad_norm": {"first": first_norm, "last": last_norm},
+        "gate": off | gradients,
+        "chosen": arm.facts(),
+    }

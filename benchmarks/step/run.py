@@ -1,0 +1,229 @@
+"""A whole training step beside its peers': `python -m benchmarks.step.run [--work NAME] [--arm NAME] [--out FILE]`.
+
+Every arm runs in a process of its own, on the same checkpoint, batches and recipe (works.py); an arm gets a number
+only after its gate (measure.py). Works of earlier runs stay in the file, each with its own machine and commit.
+
+Arms named `*_fp32` keep master weights and moments in float32; all others have bf16 weights, gradients and moments,
+ours with stochastic rounding. Ratios are to the quickest peer of the same precision whose gate is green.
+
+Utilisation is model FLOPs (works.py: `Work.flops`) over time, against the GPU's data sheet and against the rate of an
+8192^3 bf16 matmul in this very run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.step.arm import ARMS, Spec, build
+from benchmarks.step.summary import told, verdicts
+from benchmarks.step.works import WORKS, Work
+
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "benchmarks" / "results" / "step.json"
+PACKAGES = (
+    *(
+        "torch",
+        "triton",
+        "transformers",
+        "flash-attn-4",
+        "nvidia-cutlass-dsl",
+        "liger-kernel",
+        "unsloth",
+        "unsloth_zoo",
+    ),
+    *("trl", "xformers", "bitsandbytes"),
+)
+LIMIT = 300  # seconds an arm may take in all
+MEASURED = (  # the default; `--arm` chooses others
+    *("ours", "ours_varlen", "ours_least", "unsloth", "unsloth_graphs", "liger", "compile", "compile_graphs", "eager"),
+    *("ours_fp32", "unsloth_fp32", "liger_fp32", "compile_fp32", "eager_fp32"),
+)
+
+
+def texts() -> list[str]:
+    """What the checkpoint's tokenizer is trained on: the guide, as a clone has it. Steps draw ids, not text."""
+    return [file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def spawn(arguments: list[str], caches: Path, log: Path) -> str | None:
+    """A child of this module; None, or how it ended where it did not end well. Compiled kernels go to `caches`."""
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(caches / "flash"),
+        "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+    }
+    command = [sys.executable, "-m", "benchmarks.step.run", *arguments, "--started", repr(time.time())]
+    with log.open("a", encoding="utf-8") as out:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=os.environ | settings, stdout=out, stderr=out, timeout=LIMIT
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"it took longer than {LIMIT} s"
+    if code == 0:
+        return None
+    tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+    return f"its process ended with exit code {code}: {' | '.join(tail)[-300:]}"
+
+
+def machine(argv: list[str], commit: str | None) -> dict[str, Any]:
+    """Where and with what this was measured; `commit` where the files are a copy without history."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    asked = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+        "commit": commit or (asked.stdout.strip() if asked.returncode == 0 else None),
+        "command": " ".join(["python -m benchmarks.step.run", *argv]),
+    }
+
+
+class Runner:
+    """The children of one run, and the file that they fill."""
+
+    def __init__(self, out: Path, where: dict[str, Any], folder: Path) -> None:
+        self.out, self.where, self.folder = out, where, folder
+        self.record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"works": {}}
+
+    def child(self, arguments: list[str], name: str, caches: str = "caches") -> dict[str, Any]:
+        """What the child wrote, or its `error`."""
+        part = self.folder / f"{name}.json"
+        part.unlink(missing_ok=True)
+        ended = spawn([*arguments, "--out", str(part)], self.folder / caches, self.folder / f"{name}.log")
+        if ended is not None:
+            return {"error": ended}
+        return json.loads(part.read_text(encoding="utf-8"))
+
+    def save(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+
+    def work(self, work: Work, arms: list[str], warm: list[str], options: list[str]) -> int:
+        """All arms of one work; the number of red ones."""
+        base, checkpoint = ["--child", work.name], self.folder / work.name
+        prepared = self.child([*base, "--prepare", "--folder", str(checkpoint)], f"{work.name}_prepare")
+        assert "error" not in prepared, f"{work.name}: {prepared['error']}"
+        section = (
+            self.where | prepared | {"title": work.title, "tokens": work.tokens, "flops": work.flops(), "arms": {}}
+        )
+        self.record["works"][work.name] = section
+        print(f"-- {work.name}: {work.title}; transformers in float32: {prepared['expected']}", flush=True)
+        for name in arms:
+            base = ["--child", work.name, "--arm", name, "--folder", str(checkpoint), *options]
+            base += ["--expected", json.dumps(prepared["expected"])]
+            row = self.child([*base, "--ceilings", json.dumps(prepared["ceilings"])], f"{work.name}_{name}")
+            if "error" not in row and name in warm:
+                again = self.child([*base, "--only-first-step"], f"{work.name}_{name}_warm")
+                row["first_step_seconds_warm"] = again.get("first_step_seconds", again.get("error"))
+            section["arms"][name] = row
+            print(told(name, row, section), flush=True)
+            self.save()
+        for line in verdicts(work.name, section):
+            print(line, flush=True)
+        return sum("error" in row for row in section["arms"].values())
+
+
+def prepare(work: Work, folder: Path) -> dict[str, Any]:
+    """In a child: the checkpoint, what transformers computes on it, and what this machine does at best."""
+    from benchmarks.step.reference import expected, make_checkpoint
+
+    make_checkpoint(work, folder, texts())
+    ceilings = None
+    if work.device == "cuda":
+        from benchmarks.kernels.run import ceilings as measured
+
+        ceilings = measured()
+    return {"expected": expected(work, folder), "ceilings": ceilings}
+
+
+def child(options: argparse.Namespace) -> dict[str, Any]:
+    """In a child: what it was asked for."""
+    work, spec = WORKS[options.child], ARMS.get((options.arm or [""])[0])
+    if options.prepare:
+        return prepare(work, options.folder)
+    assert spec is not None
+    if options.only_first_step:
+        arm = build(spec, work, options.folder)
+        arm.step(0)
+        arm.loss()
+        return {"first_step_seconds": time.time() - options.started}
+    return _measured(spec, work, options)
+
+
+def _measured(spec: Spec, work: Work, options: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.step.measure import measure
+
+    made = []
+
+    def make() -> Any:
+        made.append(build(spec, work, options.folder))
+        return made[0]
+
+    row = measure(make, work, options.folder, json.loads(options.expected), options.started)
+    if options.profile and "error" not in row and spec.family == "ours":
+        from benchmarks.step.profile import profile_step
+
+        row["profile"] = profile_step(made[0], work, json.loads(options.ceilings), row["seconds"]["median"])
+    return row
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.step.run", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", action="append", choices=sorted(WORKS), help="only this one; may be repeated")
+    parser.add_argument("--arm", action="append", choices=sorted(ARMS), help="only this one; may be repeated")
+    parser.add_argument("--profile", action="store_true", help="where our step goes, kernel by kernel")
+    parser.add_argument("--warm", action="append", choices=sorted(ARMS), help="start it again on warm caches (ours)")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--commit", help="what to record where this is a copy without history")
+    for name in ("--child", "--folder", "--expected", "--ceilings", "--started"):
+        kind = {"--folder": Path, "--started": float}.get(name, str)
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    for name in ("--prepare", "--only-first-step"):
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    options = arguments(argv)
+    if options.child:
+        options.out.write_text(json.dumps(child(options)), encoding="utf-8")
+        return 0
+    import torch
+
+    works = [WORKS[name] for name in options.work or ("full05", "full05s")]
+    if any(work.device == "cuda" for work in works) and not torch.cuda.is_available():
+        print("error: no GPU here, so nothing was measured; run this on a machine that has one", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        runner = Runner(options.out, machine(argv, options.commit), Path(folder))
+        print(runner.where["gpu"], runner.where["versions"], runner.where["commit"], flush=True)
+        passed = ["--profile"] if options.profile else []
+        red = sum(runner.work(work, options.arm or list(MEASURED), options.warm or ["ours"], passed) for work in works)
+    print(f"{red} red; wrote {options.out}")
+    return min(red, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

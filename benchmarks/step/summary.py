@@ -1,0 +1,115 @@
+"""From a work's rows to lines of text: what each arm reached, ratios to the best peer, targets met or missed.
+
+No ratio is told to a peer that is misconfigured: one that falls more than a tenth short of what it was seen to reach
+on this GPU, scaled down where the run's matmul is slower than it was then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SEEN_MATMUL = 686e12  # FLOP/s of an 8192^3 bf16 matmul on the H200 that the figures below were seen on
+SEEN: dict[str, dict[str, float]] = {  # work -> peer -> tokens/s
+    "full05": {"unsloth": 125.1e3, "liger": 108.8e3, "compile": 112.0e3, "eager": 85.6e3},
+    "full05s": {"unsloth": 24.4e3, "liger": 16.0e3, "compile_graphs": 63.8e3},
+    "gsm8k": {"unsloth_packed": 50.7e3, "unsloth_default": 27.5e3, "trl_liger": 11.2e3},
+}
+SHORT = 0.9
+SEEN_ON = "H200"
+
+# (arm, peer or None for the best at its precision, at least this many times as fast)
+SPEED: dict[str, tuple[tuple[str, str | None, float], ...]] = {
+    "full05": (("ours", None, 1.2), ("ours_least", None, 1.15)),
+    "full05s": (("ours", None, 1.9), ("ours", "unsloth", 4.4)),
+    "gsm8k": (("ours", "unsloth_packed", 3.0), ("ours", "unsloth_default", 5.5), ("ours", "trl_liger", 13.0)),
+}
+MEMORY_GIB: dict[str, dict[str, float]] = {  # allocated at the peak, at most
+    "full05": {"ours": 16.0, "ours_least": 14.0},
+    "full05s": {"ours": 6.2},
+}
+DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
+
+
+def speed(row: Mapping[str, Any]) -> float:
+    return row["tokens_per_second"]["median"]
+
+
+def is_peer(name: str) -> bool:
+    return not name.startswith("ours")
+
+
+def precision(name: str) -> str:
+    return "fp32" if name.endswith("_fp32") else "bf16"
+
+
+def kind(name: str) -> str:
+    """What is compared with what: precision, and whether prompts are masked."""
+    return f"{precision(name)} masked" if name.endswith("_masked") else precision(name)
+
+
+def misconfigured(work: str, name: str, section: Mapping[str, Any]) -> str | None:
+    """Why a peer's number is no measure of it, if so."""
+    seen = SEEN.get(work, {}).get(name)
+    if seen is None or SEEN_ON not in (section["gpu"] or ""):
+        return None
+    least = SHORT * seen * min(1.0, section["ceilings"]["matmul_flops_per_second"] / SEEN_MATMUL)
+    reached = speed(section["arms"][name])
+    return None if reached >= least else f"{name} reached {reached:,.0f} tokens/s, expected at least {least:,.0f}"
+
+
+def green(section: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {name: row for name, row in section["arms"].items() if "error" not in row}
+
+
+def best_peer(work: str, of: str, section: Mapping[str, Any]) -> str | None:
+    """The quickest peer that is compared with arm `of`; None where there is none, or one is misconfigured."""
+    peers = [name for name in green(section) if is_peer(name) and kind(name) == kind(of)]
+    if not peers or any(misconfigured(work, name, section) for name in peers):
+        return None
+    return max(peers, key=lambda name: speed(section["arms"][name]))
+
+
+def utilisation(row: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, float]:
+    """Model FLOP/s as a share of the data sheet's (where known) and of the run's own matmul."""
+    if not section["ceilings"] or "flops_per_second" not in row:
+        return {}
+    shares = {"matmul": row["flops_per_second"] / section["ceilings"]["matmul_flops_per_second"]}
+    sheet = next((rate for gpu, rate in DATASHEET.items() if gpu in section["gpu"]), None)
+    return shares if sheet is None else {"datasheet": row["flops_per_second"] / sheet} | shares
+
+
+def told(name: str, row: Mapping[str, Any], section: Mapping[str, Any]) -> str:
+    """One arm as one line."""
+    if "error" in row:
+        return f"{name:22} RED, no number: {row['error'][:400]}"
+    rate, memory = row["tokens_per_second"], row["memory_gib"]
+    line = f"{name:22} {rate['median']:9,.0f} tok/s ({rate['least']:,.0f}-{rate['most']:,.0f})"
+    shares = utilisation(row, section)
+    line += f"  MFU {shares['matmul']:.1%} of matmul" if shares else ""
+    if memory:
+        line += f"  GiB {memory['allocated']:.1f}/{memory['reserved']:.1f}/{memory['device']:.1f}"
+    warm = row.get("first_step_seconds_warm")
+    line += f"  first step {row['first_step_seconds']:.0f} s"
+    line += f" (warm {warm:.1f})" if isinstance(warm, float) else ""
+    return line + f"  loss {row['loss']['first']:.3f}-{row['loss']['last']:.3f} norm {row['grad_norm']['first']:.3f}"
+
+
+def verdicts(work: str, section: Mapping[str, Any]) -> list[str]:
+    """Ratios, and the targets that were met or missed."""
+    rows, lines = green(section), []
+    lines += [f"!! {why}" for name in rows if is_peer(name) and (why := misconfigured(work, name, section))]
+    for name in rows:
+        peer = None if is_peer(name) else best_peer(work, name, section)
+        if peer is not None:
+            lines.append(f"{name} is {speed(rows[name]) / speed(rows[peer]):.2f}x {peer}, the quickest peer")
+    for name, against, least in SPEED.get(work, ()):
+        peer = against or best_peer(work, name, section)
+        if name in rows and peer in rows and not misconfigured(work, peer, section):
+            ratio = speed(rows[name]) / speed(rows[peer])
+            lines.append(f"{'met ' if ratio >= least else 'MISS'} {name} {ratio:.2f}x {peer}, target {least:g}x")
+    for name, most in MEMORY_GIB.get(work, {}).items():
+        if name in rows and rows[name]["memory_gib"]:
+            used = rows[name]["memory_gib"]["allocated"]
+            lines.append(f"{'met ' if used <= most else 'MISS'} {name} {used:.1f} GiB, target {most:g}")
+    return lines
