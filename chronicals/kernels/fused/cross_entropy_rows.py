@@ -54,6 +54,7 @@ class RowConfig(NamedTuple):
     lanes: int
     vec: int  # neighbouring columns of a lane: 16 bytes of bf16
     threads: int
+    held: int = 0  # blocks that stay in registers between the sweeps, of 16-bit logits only
 
 
 # blocks of columns; whole vocabularies, whose rows get a multiprocessor of their own
@@ -95,12 +96,37 @@ def _add(peak: tl.tensor, total: tl.tensor, z: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _hold(ROW: tl.tensor, COUNT: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr) -> tl.tuple:
+    """The first `COUNT` blocks of a row of 16-bit logits, two to a register, all on their way at once."""
+    PAIRS = ROW.to(tl.pointer_type(tl.int32), bitcast=True)
+    pairs = tl.arange(0, LANES)[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
+    held = ()
+    for i in tl.static_range(COUNT):
+        held = held + (tl.load(PAIRS + i * (LANES * VEC // 2) + pairs, eviction_policy="evict_first"),)  # noqa: RUF005
+    return held
+
+
+@triton.jit
+def _apart(pairs: tl.tensor, DTYPE: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr) -> tl.tensor:
+    """A held block as float32, (LANES, VEC)."""
+    if tl.bfloat16 == DTYPE:  # the upper halves of float32
+        low = (pairs << 16).to(tl.float32, bitcast=True)
+        high = (pairs & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = pairs.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return tl.reshape(tl.join(low, high), (LANES, VEC))
+
+
+@triton.jit
 def _online_softmax(
     ROW: tl.tensor,
+    held: tl.tuple,
     width: tl.tensor,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    HELD: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ) -> tl.tensor:
@@ -110,9 +136,14 @@ def _online_softmax(
     peak = tl.full((LANES,), LOWEST, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     sums = tl.zeros((LANES,), tl.float32)
+    for i in tl.static_range(HELD):
+        z = _scaled(_apart(held[i], ROW.dtype.element_ty, LANES, VEC), SOFTCAP, LOGIT_SCALE)
+        peak, total = _add(peak, total, z)
+        if SMOOTHING != 0.0:
+            sums += tl.sum(z, axis=1)
     # whole blocks unmasked: a mask that ends at an odd column would break 16-byte loads into single ones
     full = width // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
+    for start in range(HELD * BLOCK, full, BLOCK):
         x = tl.load(ROW + start + cols, eviction_policy="evict_last").to(tl.float32)
         z = _scaled(x, SOFTCAP, LOGIT_SCALE)
         peak, total = _add(peak, total, z)
@@ -156,6 +187,7 @@ def _dlogits(
 @triton.jit
 def _write_dlogits(
     ROW: tl.tensor,
+    held: tl.tuple,
     width: tl.tensor,
     column: tl.tensor,
     lse2: tl.tensor,
@@ -165,6 +197,7 @@ def _write_dlogits(
     LOGIT_SCALE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
+    HELD: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ) -> None:
@@ -180,11 +213,18 @@ def _write_dlogits(
         is_target = cols == column - full
         d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
         tl.store(ROW + full + cols, d.to(ROW.dtype.element_ty), mask=inside, eviction_policy="evict_first")
-    for start in range(0, full, BLOCK):
+    for start in range(HELD * BLOCK, full, BLOCK):
         x = tl.load(ROW + start + cols, eviction_policy="evict_first").to(tl.float32)
         is_target = cols == column - start
         d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
         tl.store(ROW + start + cols, d.to(ROW.dtype.element_ty), eviction_policy="evict_first")
+    # 0, but the compiler cannot know: it would keep the float32 values of the first sweep, twice as many registers
+    nothing = width >> 31
+    for i in tl.static_range(HELD):
+        x = _apart(held[i] ^ nothing, ROW.dtype.element_ty, LANES, VEC)
+        is_target = cols == column - i * BLOCK
+        d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
+        tl.store(ROW + i * BLOCK + cols, d.to(ROW.dtype.element_ty), eviction_policy="evict_first")
 
 
 @triton.jit
@@ -218,22 +258,26 @@ def cross_entropy_kernel(
     LOGIT_SCALE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
+    HELD: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     ROW = LOGITS + row * row_stride
     target = tl.load(TARGETS + row)
+    held = _hold(ROW, HELD, LANES, VEC)
     # before the reductions' barriers, and so before any thread overwrites it
     x_target = tl.load(ROW + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
-    peak, total, z_sum = _online_softmax(ROW, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC)
+    peak, total, z_sum = _online_softmax(ROW, held, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, HELD, LANES, VEC)
     lse2 = peak + tl.log2(total)
     linear = (1.0 - SMOOTHING) * _scaled(x_target, SOFTCAP, LOGIT_SCALE)
     if SMOOTHING != 0.0:
         linear += z_sum * (SMOOTHING / vocab)
     tl.store(LOSS + row, _loss(target, vocab, lse2, linear, Z_LOSS))
     scale = tl.where(target == IGNORE, 0.0, tl.load(SCALE) * LOGIT_SCALE)
-    _write_dlogits(ROW, vocab, target, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, LANES, VEC)
+    _write_dlogits(
+        ROW, held, vocab, target, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, HELD, LANES, VEC
+    )
 
 
 @triton.jit
@@ -261,7 +305,7 @@ def losses_kernel(
     column = target - start
     here = (column >= 0) & (column < width)
     x_target = tl.load(ROW + column, mask=here, other=0.0).to(tl.float32)
-    peak, total, z_sum = _online_softmax(ROW, width, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC)
+    peak, total, z_sum = _online_softmax(ROW, (), width, SOFTCAP, LOGIT_SCALE, SMOOTHING, 0, LANES, VEC)
     before = tl.load(PEAK + row, mask=start > 0, other=LOWEST)
     highest = tl.maximum(peak, before)
     total = total * tl.exp2(peak - highest)
@@ -304,6 +348,7 @@ def dlogits_kernel(
     scale = tl.where(target == IGNORE, 0.0, tl.load(SCALE + row * SCALE_STRIDE) * LOGIT_SCALE)
     _write_dlogits(
         LOGITS + row * row_stride,
+        (),
         width,
         target - start,
         lse2,
@@ -313,6 +358,7 @@ def dlogits_kernel(
         LOGIT_SCALE,
         SMOOTHING,
         Z_LOSS,
+        0,
         LANES,
         VEC,
     )
@@ -340,6 +386,8 @@ def cross_entropy_rows_(
     """
     assert logits.stride(1) == 1 or logits.shape[1] == 1, "rows whole"
     rows, vocab = logits.shape
+    config = config or config_for(vocab)
+    assert not config.held or (logits.element_size() == 2 and logits.stride(0) % 2 == 0), "logits are held in pairs"
     cross_entropy_kernel[(rows,)](
         logits,
         targets,
@@ -348,7 +396,8 @@ def cross_entropy_rows_(
         logits.stride(0),
         vocab,
         **options.constexprs(),
-        **_walk(config or config_for(vocab)),
+        HELD=config.held,
+        **_walk(config),
     )
 
 

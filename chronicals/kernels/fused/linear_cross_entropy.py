@@ -146,6 +146,7 @@ def linear_cross_entropy_by_rows(
     add: bool = False,
     options: HeadOptions = PLAIN,
     chunk_rows: int = CHUNK_ROWS,
+    scratch: Tensor | None = None,
 ) -> None:
     """Losses and gradients in one walk over chunks of rows (`fast`).
 
@@ -159,6 +160,7 @@ def linear_cross_entropy_by_rows(
         dhidden: (T, H) or longer, last stride 1. Overwritten, by zero where there is no target. None: unwanted.
         dweight: (V, H). Overwritten, or added to if `add`. None: unwanted.
         chunk_rows: rows whose logits exist at a time.
+        scratch: (V, H) float32, any contents: where several chunks add up a dW that is not float32. None: allocated.
     """
     (rows,), (vocab, features) = target_rows.shape, weight.shape
     chunk_rows = min(chunk_rows, rows, MOST_LOGITS // _round_up(vocab, ALIGNMENT))
@@ -173,7 +175,9 @@ def linear_cross_entropy_by_rows(
     dh_buffer = None if dhidden is None else torch.empty_like(h_buffer, dtype=exact)
     total, adding = dweight, add
     if dweight is not None and dweight.dtype != torch.float32 and chunk_rows < rows:
-        total, adding = torch.empty(vocab, features, dtype=torch.float32, device=weight.device), False
+        if scratch is None:
+            scratch = torch.empty(vocab, features, dtype=torch.float32, device=weight.device)
+        total, adding = scratch, False
     for start in range(0, rows, chunk_rows):
         part = slice(start, min(start + chunk_rows, rows))
         count = part.stop - start

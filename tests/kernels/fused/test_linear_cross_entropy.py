@@ -22,7 +22,9 @@ def compile_rows(name: str, config: RowConfig, options: dict[str, float], dtype:
     kernel = getattr(cross_entropy_rows, name)
     sizes = {"row_stride": "i32:16", "vocab": "i32"}
     constexprs = options | {"LANES": config.lanes, "VEC": config.vec}
-    if name != "cross_entropy_kernel":
+    if name == "cross_entropy_kernel":
+        constexprs |= {"HELD": config.held}
+    else:
         sizes |= {"start": "i32:16", "width": "i32"}
     if name == "dlogits_kernel":
         constexprs |= {"SCALE_STRIDE": 1}
