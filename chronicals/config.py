@@ -202,8 +202,12 @@ class TrainConfig(_Strict):
     """Seed of shuffling, held-out documents and random weights."""
     bf16: Literal["auto"] | bool = "auto"
     """Compute in bfloat16; `auto`: where the GPU has it, else float32. Saved weights have this dtype."""
-    recompute: Literal["none", "full"] = "none"
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    recompute: Literal["none", "light", "mlp", "full"] = "light"
+    """What backward computes again instead of keeping: norms and activations (`light`), the MLP too, a whole layer."""
+    recompute_layers: Count | None = None
+    """How many layers, from the first, do as `recompute` says (default all); the others do as `light`."""
+    cuda_graph: Literal["auto"] | bool = "auto"
+    """Record the step once and replay it; `auto`: where it can be."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: the GPU where there is one."""
     deterministic: bool = False

@@ -41,7 +41,7 @@ DATASET_ALIASES: dict[str, str] = {
 VALUES: dict[str, dict[Any, Any]] = {
     "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
     "lr_scheduler": {"constant_with_warmup": "constant", "wsd": "warmup_stable_decay"},
-    "recompute": {True: "full", False: "none", "unsloth": "full", "offload": "full", "offload_disk": "full"},
+    "recompute": {True: "full", False: "light", "unsloth": "full", "offload": "full", "offload_disk": "full"},
     "resume_from_checkpoint": {True: "auto"},
     "save_strategy": {False: "no"},  # YAML 1.1 reads a bare `no` as false
     "eval_strategy": {False: "no"},

@@ -59,6 +59,7 @@ class InPlace:
             assert buffer.dtype == torch.float32 or not accumulate, f"many micro-batches add up in {buffer.dtype}"
         self.buffers, self.accumulate = buffers, accumulate
         self.written: set[Tensor] = set()  # this micro-batch
+        self.reached: set[Tensor] = set()  # ever
 
     def start(self) -> None:
         self.written.clear()
@@ -66,6 +67,7 @@ class InPlace:
     def open(self, parameter: Tensor) -> tuple[Tensor, bool]:
         add = self.accumulate or parameter in self.written
         self.written.add(parameter)
+        self.reached.add(parameter)
         return self.buffers[parameter], add
 
     def close(self, parameter: Tensor, buffer: Tensor) -> None:

@@ -1,10 +1,8 @@
-"""Where gradients live between micro-batches.
+"""Where gradients live: one buffer for each trainable parameter, made once, written by the backward pass itself.
 
-One rule: a gradient that several micro-batches add to is kept in float32. A float32 weight has such a gradient
-already, its own `.grad`. A 16-bit weight has not (autograd insists on a `.grad` of the weight's dtype, and adding
-small gradients to a large bf16 sum loses them), so a hook moves each fresh `.grad` into a float32 buffer and frees it
-at once: at most one 16-bit gradient is alive at a time. With one micro-batch per step nothing is added up and every
-weight keeps its own `.grad`.
+One rule: a gradient that several micro-batches add to is float32, whatever the weight is, because adding small
+gradients to a large bf16 sum loses them. With one micro-batch a step nothing is added up, and the buffer has the
+weight's dtype.
 """
 
 from __future__ import annotations
@@ -14,50 +12,35 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from chronicals.kernels.grad_sink import InPlace
+from chronicals.models.decoder import Decoder
+from chronicals.models.hf import hf_views
+
 
 class Gradients:
-    """The gradients of `parameters` (name -> trainable parameter), in float32 where `accumulate` says several are
-    added up."""
+    """The gradients of a model's trainable parameters.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], *, accumulate: bool) -> None:
-        self.parameters = dict(parameters)
-        self._buffers: dict[str, Tensor] = {}
-        self._filled: set[str] = set()  # buffers that hold something of this step
-        self._hooks = []
-        for name, parameter in self.parameters.items():
-            if accumulate and parameter.dtype != torch.float32:
-                self._buffers[name] = torch.empty_like(parameter, dtype=torch.float32)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._drain(name)))
+    Args:
+        model: its `sink` is set: from now on a backward pass writes here.
+        parameters: our name -> trainable parameter.
+        accumulate: a step has several micro-batches; the update leaves zeros (`AdamW.step(zero_grads=True)`).
 
-    def _drain(self, name: str):  # type: ignore[no-untyped-def]
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            if name in self._filled:
-                self._buffers[name].add_(parameter.grad)
-            else:
-                self._buffers[name].copy_(parameter.grad)
-                self._filled.add(name)
-            parameter.grad = None
+    Attributes:
+        buffers: our name -> gradient, shaped like the parameter.
+        views: Hugging Face name -> the part of a buffer that is its gradient.
+    """
 
-        return hook
-
-    def collect(self) -> dict[str, Tensor]:
-        """This step's gradients by parameter name; a parameter that no backward pass has reached is left out."""
-        held = {
-            name: self._buffers[name] if name in self._filled else parameter.grad
-            for name, parameter in self.parameters.items()
+    def __init__(self, model: Decoder, parameters: Mapping[str, nn.Parameter], *, accumulate: bool) -> None:
+        self.accumulate = accumulate
+        self.buffers: dict[str, Tensor] = {
+            name: torch.zeros_like(parameter, dtype=torch.float32 if accumulate else parameter.dtype)
+            for name, parameter in parameters.items()
         }
-        return {name: grad for name, grad in held.items() if grad is not None}
+        self.views = dict(hf_views(model, self.buffers))
+        self._parameters = dict(parameters)
+        sink = InPlace({p: self.buffers[name] for name, p in parameters.items()}, accumulate=accumulate)
+        self._sink = model.sink = sink
 
-    def clear(self) -> None:
-        """Forget them: the next backward pass starts from nothing."""
-        self._filled.clear()
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
-    def close(self) -> None:
-        """Take the hooks off and let go of everything."""
-        self.clear()
-        self._buffers.clear()
-        for hook in self._hooks:
-            hook.remove()
+    def missing(self) -> list[str]:
+        """Our names of the parameters that no backward pass has written yet."""
+        return [name for name, parameter in self._parameters.items() if parameter not in self._sink.reached]

@@ -40,6 +40,7 @@ class Guard:
         weights: returns `{Hugging Face name: tensor}` of the trainable weights, masters where there are any: views of
             live memory, in the order in which `watch_gradients` gets their norms.
         min_lr: steps with a lower learning rate do not count as steps in which weights should move.
+        step: the last step that was trained before.
         horizon: steps after which a tensor that never had a gradient, or did not move, stops the run.
     """
 
@@ -49,6 +50,7 @@ class Guard:
         weights: Callable[[], dict[str, Tensor]],
         *,
         min_lr: float = 0.0,
+        step: int = 0,
         horizon: int = HORIZON,
     ) -> None:
         self._parameters, self._weights = dict(parameters), weights
@@ -56,44 +58,47 @@ class Guard:
         live = weights()
         self.names = list(live)
         device = next(iter(live.values())).device
+        self._step = torch.full((), step, dtype=torch.int64, device=device)
+        self._first = step + 1
         self._bad_step = torch.zeros((), dtype=torch.int64, device=device)  # first step that was not finite; 0: none
         self._bad_loss = torch.zeros((), device=device)
         self._bad_norms = torch.zeros(len(live), device=device)
         self._reached = torch.zeros(len(live), dtype=torch.bool, device=device)  # had a gradient other than zero
-        self._steps = 0  # steps watched
         self._before = digests(live.values())  # weights at the start of the present span of `horizon` steps
         self._span = 0  # steps of that span that count
         self._stuck = torch.zeros_like(self._reached)
         self._stuck_step = 0
 
-    def check_loss(self, step: int, loss: Tensor) -> None:
+    def check_loss(self, loss: Tensor) -> None:
         """Stop where a loss has no way back to any parameter."""
         if not loss.requires_grad:
             raise GuardError(
-                f"step {step}: no trainable tensor has a part in the loss; "
+                f"step {self._first}: no trainable tensor has a part in the loss; "
                 "look for a detached tensor or torch.no_grad()"
             )
 
-    def check_gradients_exist(self, step: int, grads: Mapping[str, Tensor]) -> None:
-        """Stop where backward never reached a trainable parameter at the first step."""
-        missing = [name for ours, theirs in self._parameters.items() if ours not in grads for name in theirs]
-        if missing and not self._steps:
+    def check_gradients_exist(self, step: int, missing: Sequence[str]) -> None:
+        """Stop where backward never reached `missing`, by our names, of the trainable parameters."""
+        if missing:
+            missing = [name for ours in missing for name in self._parameters[ours]]
             raise GuardError(
                 f"step {step}: no gradient reached {_listing(missing)}; the loss does not depend on it: "
                 "look for a detached tensor or a module that forward never calls, or freeze it (requires_grad=False)"
             )
 
-    def watch_gradients(self, step: int, loss: Tensor, norms: Tensor) -> Tensor:
-        """Take in a step's loss () and the gradient norm of each watched tensor (P,).
+    def watch_gradients(self, loss: Tensor, norms: Tensor) -> Tensor:
+        """Take in the next step's loss () and the gradient norm of each watched tensor (P,).
+
+        Writes tensors made before and asks the host nothing, so that a graph can hold it.
 
         Returns () bool on the device: this and every earlier step was finite, so the update may write.
         """
-        self._steps += 1
+        self._step += 1
         finite = torch.isfinite(loss) & torch.isfinite(torch.linalg.vector_norm(norms))
         newly = ~finite & (self._bad_step == 0)
-        self._bad_step = torch.where(newly, step, self._bad_step)
-        self._bad_loss = torch.where(newly, loss, self._bad_loss)
-        self._bad_norms = torch.where(newly, norms, self._bad_norms)
+        torch.where(newly, self._step, self._bad_step, out=self._bad_step)
+        torch.where(newly, loss, self._bad_loss, out=self._bad_loss)
+        torch.where(newly, norms, self._bad_norms, out=self._bad_norms)
         self._reached |= norms != 0
         return self._bad_step == 0
 
@@ -111,12 +116,13 @@ class Guard:
         judged too."""
         count = len(self.names)
         bad_step, *flags = torch.cat([self._bad_step.view(1), self._reached, self._stuck]).tolist()
+        watched = step + 1 - self._first
         if bad_step:
             raise GuardError(self._not_finite(bad_step))
         never = [name for name, reached in zip(self.names, flags[:count], strict=True) if not reached]
-        if never and (self._steps >= self._horizon or (last and self._steps)):
+        if never and (watched >= self._horizon or (last and watched)):
             raise GuardError(
-                f"step {step}: the gradient of {_listing(never)} was exactly zero in each of {self._steps} steps; "
+                f"step {step}: the gradient of {_listing(never)} was exactly zero in each of {watched} steps; "
                 "it does not train: look for a zero factor behind it, or freeze it (requires_grad=False)"
             )
         stuck = [name for name, flag in zip(self.names, flags[count:], strict=True) if flag]

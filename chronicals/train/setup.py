@@ -34,12 +34,13 @@ from chronicals.train.checkpoint import STATE_FILE, Checkpoints, Parts, checkpoi
 from chronicals.train.display import gib
 from chronicals.train.environment import environment
 from chronicals.train.gradients import Gradients
+from chronicals.train.graph import step_class
 from chronicals.train.guard import Guard
 from chronicals.train.lock import LOCK_FILE
 from chronicals.train.plan import Plan
 from chronicals.train.precision import resolve_device, resolve_dtype, resolve_ops
 from chronicals.train.state import RunState, check_identity, identity, load_state, told, told_changes
-from chronicals.train.step import LossFn
+from chronicals.train.step import LossFn, Step
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,10 @@ class Run:
     data: Data
     model: Decoder
     kernels: str  # which ones, for the header
-    gradients: Gradients
     optimizer: AdamW
     guard: Guard
     schedule: Schedule
-    train_loss: LossFn
+    step: Step
     eval_loss: LossFn
     state: RunState
     identity: dict[str, Any]
@@ -169,7 +169,7 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
     head_dim = load_config(start.checkpoint or _base_folder(config)).head_dim
     ops, kernels = resolve_ops(start.device, start.dtype, head_dim=head_dim, deterministic=config.deterministic)
     model = _model(config, start, data.chat, ops)
-    model.recompute = config.recompute == "full"
+    model.set_recompute(config.recompute, config.recompute_layers)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = AdamW(
         trainable,
@@ -191,18 +191,27 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
     def watched() -> dict[str, Tensor]:
         return dict(hf_views(model, {name: p.detach() for name, p in trainable.items()} | optimizer.state()["master"]))
 
+    guard = Guard(hf_names, watched, min_lr=config.learning_rate / 10, step=state.step)
+    gradients = Gradients(model, trainable, accumulate=config.gradient_accumulation_steps > 1)
     loss = model.ops.linear_cross_entropy
+    step = step_class(config.cuda_graph, start.device, ops, notes)(
+        model,
+        gradients,
+        optimizer,
+        guard,
+        loss_fn=partial(loss, label_smoothing=config.label_smoothing_factor, z_loss=config.z_loss, sink=model.sink),
+        max_grad_norm=config.max_grad_norm,
+    )
     return Run(
         config=config,
         start=start,
         data=data,
         model=model,
         kernels=kernels,
-        gradients=Gradients(trainable, accumulate=config.gradient_accumulation_steps > 1),
         optimizer=optimizer,
-        guard=Guard(hf_names, watched, min_lr=config.learning_rate / 10),
+        guard=guard,
         schedule=_schedule(config),
-        train_loss=partial(loss, label_smoothing=config.label_smoothing_factor, z_loss=config.z_loss),
+        step=step,
         eval_loss=loss,
         state=state,
         identity=ours,
@@ -230,7 +239,7 @@ def check_disk(run: Run) -> None:
 def header(run: Run) -> dict[str, str]:
     """What will be trained on what, by name."""
     stats, plan, model = run.data.train.stats, run.data.plan, run.model
-    trained = sum(p.numel() for p in run.gradients.parameters.values())
+    trained = sum(gradient.numel() for gradient in run.step.gradients.buffers.values())
     total = sum(p.numel() for p in model.parameters())
     checkpoint, _ = checkpoint_bytes(model, run.optimizer)
     device = torch.cuda.get_device_name(run.start.device) if run.start.device.type == "cuda" else "CPU"

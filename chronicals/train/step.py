@@ -1,8 +1,9 @@
-"""One optimizer step, whole: forward, loss, backward over the window's micro-batches, norm, clip, update.
+"""One optimizer step, whole: forward, loss, backward for each micro-batch, then norm, clip, update.
 
-Nothing here reads a value back from the device. The loss, the norms and the guard's verdict stay tensors; whoever
-logs them pays for the read. What is left out: mixed precision by autocast (weights are in the compute dtype, masters
-in the optimizer) and loss scaling (bf16 has float32's range).
+It has two units, `micro` and `update`, each a function of tensors that stay where they are, so that each can be a CUDA
+graph (graph.py). Nothing here reads a value back from the device: the loss, the norms and the guard's verdict stay
+tensors, and whoever logs them pays for the read. What is left out: mixed precision by autocast (weights are in the
+compute dtype, masters in the optimizer).
 """
 
 from __future__ import annotations
@@ -16,58 +17,90 @@ from torch import Tensor
 
 from chronicals.data.batch import PackedBatch
 from chronicals.models.decoder import Decoder
-from chronicals.models.hf import hf_views
 from chronicals.train.gradients import Gradients
 from chronicals.train.guard import Guard
 
-LossFn = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
-]  # hidden, head weight, target rows, targets, grad scale
+# hidden, head weight, target rows, targets, grad scale -> loss
+LossFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Optimizer(Protocol):
     """What a step needs of an optimizer; it writes nothing where `finite` is false."""
 
-    def step(self, grads: Mapping[str, Tensor], lr: float, clip_scale: Tensor, finite: Tensor) -> None: ...
+    def step(
+        self,
+        grads: Mapping[str, Tensor],
+        lr: float | Tensor,
+        clip_scale: Tensor,
+        finite: Tensor,
+        *,
+        zero_grads: bool = False,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
 class StepOutput:
+    """Live tensors, which the next step overwrites."""
+
     loss: Tensor  # () float32: mean loss over the window's supervised tokens
     grad_norm: Tensor  # () float32: global L2 norm before clipping
 
 
-def train_step(
-    step: int,
-    model: Decoder,
-    window: Sequence[PackedBatch],
-    gradients: Gradients,
-    optimizer: Optimizer,
-    guard: Guard,
-    *,
-    lr: float,
-    max_grad_norm: float,
-    loss_fn: LossFn,
-) -> StepOutput:
-    """Train one window (the micro-batches of one optimizer step); `step` counts from 1. Raises GuardError, see
-    guard.py."""
-    loss = torch.zeros((), device=model.head_weight.device)
-    for batch in window:
-        hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.token_order)
-        part = loss_fn(hidden, model.head_weight, batch.target_rows, batch.targets, batch.grad_scale)
-        guard.check_loss(step, part)
-        part.backward()
-        loss += part.detach()
+class Step:
+    """Trains one window (the micro-batches of one optimizer step) at a call."""
 
-    grads = gradients.collect()
-    guard.check_gradients_exist(step, grads)
-    norms = tensor_norms([view for _, view in hf_views(model, grads)])
-    grad_norm = torch.linalg.vector_norm(norms)
-    healthy = guard.watch_gradients(step, loss, norms)
-    optimizer.step(grads, lr, clip_scale(grad_norm, max_grad_norm), healthy)
-    guard.watch_weights(step, lr)
-    gradients.clear()
-    return StepOutput(loss, grad_norm)
+    def __init__(
+        self,
+        model: Decoder,
+        gradients: Gradients,
+        optimizer: Optimizer,
+        guard: Guard,
+        *,
+        loss_fn: LossFn,
+        max_grad_norm: float,
+    ) -> None:
+        self.model, self.gradients, self.optimizer, self.guard = model, gradients, optimizer, guard
+        self.loss_fn, self.max_grad_norm = loss_fn, max_grad_norm
+        self.device = model.head_weight.device
+        self.lr, self.loss, self.grad_norm = (torch.zeros((), device=self.device) for _ in range(3))
+        self._checked = False
+
+    def __call__(self, step: int, window: Sequence[PackedBatch], lr: float) -> StepOutput:
+        """`step` counts from 1, `lr` is its learning rate. Raises GuardError, see guard.py."""
+        self.lr.fill_(lr)
+        self.loss.zero_()
+        for batch in window:
+            self.run_micro(batch)
+        if not self._checked:
+            self.guard.check_gradients_exist(step, self.gradients.missing())
+            self._checked = True
+        self.run_update()
+        self.guard.watch_weights(step, lr)
+        return StepOutput(self.loss, self.grad_norm)
+
+    def run_micro(self, batch: PackedBatch) -> None:
+        self.micro(to_device(batch, self.device))
+
+    def run_update(self) -> None:
+        self.update()
+
+    def micro(self, batch: PackedBatch) -> None:
+        """Forward and backward: adds to the loss, writes or adds to the gradients."""
+        model = self.model
+        hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.token_order)
+        loss = self.loss_fn(hidden, model.head_weight, batch.target_rows, batch.targets, batch.grad_scale)
+        self.guard.check_loss(loss)
+        loss.backward()
+        self.loss += loss.detach()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Norm, clip, AdamW; where gradients add up, zeros for the next step."""
+        norms = tensor_norms(list(self.gradients.views.values()))
+        self.grad_norm.copy_(torch.linalg.vector_norm(norms))
+        healthy = self.guard.watch_gradients(self.loss, norms)
+        scale = clip_scale(self.grad_norm, self.max_grad_norm)
+        self.optimizer.step(self.gradients.buffers, self.lr, scale, healthy, zero_grads=self.gradients.accumulate)
 
 
 def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:

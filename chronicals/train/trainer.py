@@ -24,13 +24,13 @@ from chronicals.train import setup
 from chronicals.train.checkpoint import STATE_FILE, try_save, write_final
 from chronicals.train.display import Display
 from chronicals.train.evaluate import evaluate
+from chronicals.train.graph import own_stream
 from chronicals.train.lock import held
 from chronicals.train.metrics import Meter, MetricsFile, Row
 from chronicals.train.precision import out_of_memory_explained, reproducible
 from chronicals.train.setup import Run, Start
 from chronicals.train.signals import StopSignals
 from chronicals.train.state import RunState
-from chronicals.train.step import to_device, train_step
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Trainer:
         start = setup.check_start(config)
         loggers.wanted(config)  # a library that is missing is told now
         exact = reproducible(config.seed, start.device, deterministic=config.deterministic)
-        with held(start.output_dir), exact, out_of_memory_explained():
+        with held(start.output_dir), exact, out_of_memory_explained(), own_stream(start.device):
             return self._train(start, dry_run)
 
     def _train(self, start: Start, dry_run: bool) -> TrainResult:
@@ -128,7 +128,6 @@ class Training:
             return result
         finally:
             self.metrics.close()
-            run.gradients.close()
             for logger in self.loggers:
                 logger.close(exit_code)
 
@@ -152,23 +151,13 @@ class Training:
 
     def step(self, window: Sequence[PackedBatch]) -> None:
         """Train one step and log it where it is due."""
-        run, state, device = self.run, self.state, self.run.start.device
+        run, state = self.run, self.state
         lr = lr_at(run.schedule, state.step, self.plan.total_steps)
         state.step += 1
         state.tokens += sum(batch.num_tokens for batch in window)
         state.supervised_tokens += sum(batch.num_targets for batch in window)
         self.meter.add(window)
-        output = train_step(
-            state.step,
-            run.model,
-            [to_device(batch, device) for batch in window],
-            run.gradients,
-            run.optimizer,
-            run.guard,
-            lr=lr,
-            max_grad_norm=run.config.max_grad_norm,
-            loss_fn=run.train_loss,
-        )
+        output = run.step(state.step, window, lr)
         self.loss_sum += output.loss
         state.loss_steps += 1
         if self.plan.logs(state.step):

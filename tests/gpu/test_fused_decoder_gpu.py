@@ -11,6 +11,7 @@ from torch import Tensor
 from chronicals.kernels.ops import REFERENCE, Ops, fused
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
+from chronicals.models.layer import Recompute
 from tests.kernels.numerics import relative_error, torch_deterministic
 
 pytestmark = [
@@ -35,11 +36,15 @@ BOUNDS = [0, 0, 1, 130, 130, 137, 512, 760, 760, 760]
 
 
 def losses_and_gradients(
-    config: ModelConfig, ops: Ops, dtype: torch.dtype, weights: dict[str, Tensor] | None = None, recompute: bool = False
+    config: ModelConfig,
+    ops: Ops,
+    dtype: torch.dtype,
+    weights: dict[str, Tensor] | None = None,
+    recompute: Recompute = "light",
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The loss of one packed batch with prompts and padding entries, every gradient, and the weights they belong to."""
     model = Decoder(config, ops, device="cuda", dtype=dtype)
-    model.recompute = recompute
+    model.set_recompute(recompute)
     if weights is None:
         model.init_weights(0)
         with torch.no_grad():  # norms and biases at their start would hide what multiplies them
@@ -84,13 +89,14 @@ def test_no_worse_than_reference(name: str) -> None:
     assert mean_ours <= 1.05 * mean_plain
 
 
-def test_running_layers_again_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", ["light", "mlp", "full"])
+def test_computing_again_changes_no_bit(monkeypatch: pytest.MonkeyPatch, policy: Recompute) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses a matmul under determinism
     config = ModelConfig.from_hf(SIZES | MODELS["qwen3"])
     ops = fused(head_dim=config.head_dim, deterministic=True)
     with torch_deterministic():
-        loss, first, weights = losses_and_gradients(config, ops, torch.bfloat16)
-        again_loss, again, _ = losses_and_gradients(config, ops, torch.bfloat16, weights, recompute=True)
+        loss, first, weights = losses_and_gradients(config, ops, torch.bfloat16, recompute="none")
+        again_loss, again, _ = losses_and_gradients(config, ops, torch.bfloat16, weights, recompute=policy)
     assert torch.equal(loss, again_loss)
     assert [name for name in first if not torch.equal(first[name], again[name])] == []
 

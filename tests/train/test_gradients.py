@@ -1,53 +1,88 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
+from chronicals.models.config import ModelConfig
+from chronicals.models.decoder import Decoder
 from chronicals.train.gradients import Gradients
 
-
-def test_16_bit_weights_accumulate_in_float32() -> None:
-    """1 + 256 times 1/256 is 2 in float32 and 1 in bf16, where each addition is rounded away."""
-    weight = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
-    gradients = Gradients({"w": weight}, accumulate=True)
-    for part in [1.0] + [1 / 256] * 256:
-        (weight * part).sum().backward()
-        assert weight.grad is None, "freed at once"
-    held = gradients.collect()["w"]
-    assert held.dtype == torch.float32
-    assert torch.equal(held, torch.full((4,), 2.0))
-    gradients.clear()
-    assert gradients.collect() == {}
-    (weight * 3).sum().backward()
-    assert torch.equal(gradients.collect()["w"], torch.full((4,), 3.0)), "starts from nothing"
+SIZES = {
+    "model_type": "qwen2",
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
 
 
-def test_float32_weights_and_single_micro_batches_keep_their_own_grad() -> None:
-    for dtype, accumulate in ((torch.float32, True), (torch.bfloat16, False)):
-        weight = nn.Parameter(torch.zeros(4, dtype=dtype))
-        gradients = Gradients({"w": weight}, accumulate=accumulate)
-        (weight * 2).sum().backward()
-        assert gradients.collect()["w"] is weight.grad
+def model_of(dtype: torch.dtype) -> Decoder:
+    model = Decoder(ModelConfig.from_hf(SIZES), dtype=dtype)
+    model.init_weights(0)
+    return model
 
 
-def test_unreached_parameters_are_left_out() -> None:
-    used, unused = (nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)) for _ in range(2))
-    gradients = Gradients({"used": used, "unused": unused}, accumulate=True)
-    used.sum().backward()
-    assert list(gradients.collect()) == ["used"]
+def micro(model: Decoder, seed: int, scale: float = 1.0) -> None:
+    tokens = torch.randint(11, (16,), generator=torch.Generator().manual_seed(seed))
+    cu_seqlens = torch.tensor([0, 16], dtype=torch.int32)
+    hidden = model(tokens, torch.arange(16, dtype=torch.int32), cu_seqlens, 16)
+    rows = torch.arange(15, dtype=torch.int32)
+    loss = model.ops.linear_cross_entropy(
+        hidden, model.head_weight, rows, tokens[1:], torch.tensor([scale]), sink=model.sink
+    )
+    loss.backward()
 
 
-def test_a_weight_used_twice_counts_twice() -> None:
-    """As a tied embedding does."""
-    weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    gradients = Gradients({"w": weight}, accumulate=True)
-    (weight * 2 + weight * 3).sum().backward()
-    assert torch.equal(gradients.collect()["w"], torch.full((2,), 5.0))
+def gradients_of(dtype: torch.dtype, *, accumulate: bool) -> tuple[Decoder, Gradients]:
+    model = model_of(dtype)
+    return model, Gradients(model, dict(model.named_parameters()), accumulate=accumulate)
 
 
-def test_close_takes_the_hooks_off() -> None:
-    weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    gradients = Gradients({"w": weight}, accumulate=True)
-    gradients.close()
-    weight.sum().backward()
-    assert weight.grad is not None
+def test_equal_to_autograds() -> None:
+    """Ties included: the head writes, the embedding adds."""
+    plain = model_of(torch.float32)
+    micro(plain, 0)
+    model, gradients = gradients_of(torch.float32, accumulate=False)
+    for _ in range(2):  # the second writes over the first
+        micro(model, 0)
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(gradients.buffers[name], parameter.grad, rtol=1e-5, atol=1e-7)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_several_micro_batches_add_up_in_float32() -> None:
+    """1 + 256 times 1/256 of one gradient is twice it in float32; a bf16 sum would stay where the first put it."""
+    model, gradients = gradients_of(torch.bfloat16, accumulate=True)
+    micro(model, 0)
+    first = {name: gradient.clone() for name, gradient in gradients.buffers.items()}
+    for _ in range(256):
+        micro(model, 0, 1 / 256)
+    for name, gradient in gradients.buffers.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - 2 * first[name]).norm() < 1e-2 * first[name].norm(), name
+
+
+def test_one_micro_batch_keeps_the_weights_dtype() -> None:
+    _, gradients = gradients_of(torch.bfloat16, accumulate=False)
+    assert {gradient.dtype for gradient in gradients.buffers.values()} == {torch.bfloat16}
+
+
+def test_views_are_parts_of_the_buffers_under_hugging_face_names() -> None:
+    model, gradients = gradients_of(torch.float32, accumulate=False)
+    micro(model, 0)
+    up = gradients.views["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(up, gradients.buffers["layers.0.mlp.gate_up_proj.weight"][8:])
+    assert up.abs().sum() > 0
+
+
+def test_missing_are_those_that_no_backward_has_written() -> None:
+    model, gradients = gradients_of(torch.float32, accumulate=False)
+    assert len(gradients.missing()) == len(gradients.buffers)
+    micro(model, 0)
+    assert gradients.missing() == []
+    model, gradients = gradients_of(torch.float32, accumulate=False)
+    model.norm.weight.requires_grad_(False)
+    micro(model, 0)
+    assert gradients.missing() == ["norm.weight"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from chronicals.data.documents import Documents
 from chronicals.data.loader import Loader
 from chronicals.errors import GuardError
-from chronicals.models import decoder
+from chronicals.kernels.ops import REFERENCE
 from chronicals.train import setup
 from chronicals.train.guard import Guard
 from chronicals.train.trainer import Training
@@ -30,27 +32,27 @@ def stopped(folder: Path, **values: Any) -> str:
     return str(caught.value)
 
 
-def sabotage(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
-    """Put `change` behind the MLP of the last layer."""
-    forward = decoder.DecoderLayer.forward
-
-    def broken(self: Any, x: Tensor, *args: Any) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *args)
-        return x + change(self.mlp(self.post_attention_layernorm(x)))
-
-    def chosen(self: Any, x: Tensor, *args: Any) -> Tensor:
-        return (broken if self.last else forward)(self, x, *args)
-
+def sabotage(monkeypatch: pytest.MonkeyPatch, broken: Callable[..., Tensor]) -> None:
+    """Let `broken(backward, saved, d, stream, gradients)` be the backward pass of the last layer's MLP."""
     make = setup._model
 
-    def make_marked(*args: Any) -> nn.Module:
+    def make_broken(*args: Any) -> nn.Module:
         model = make(*args)
-        for layer in model.layers:
-            layer.last = layer is model.layers[-1]
+        half = model.layers[-1]._halves[1]
+        half.backward = partial(broken, half.backward)
         return model
 
-    monkeypatch.setattr(setup, "_model", make_marked)
-    monkeypatch.setattr(decoder.DecoderLayer, "forward", chosen)
+    monkeypatch.setattr(setup, "_model", make_broken)
+
+
+def skipped(backward: Callable[..., Tensor], saved: Any, d: Tensor, *rest: Any) -> Tensor:
+    """As if the half were not there."""
+    return d
+
+
+def zeroed(backward: Callable[..., Tensor], saved: Any, d: Tensor, *rest: Any) -> Tensor:
+    """As if it were multiplied by zero."""
+    return d + backward(saved, 0 * d, *rest)
 
 
 def test_a_sound_run_is_left_alone(folder: Path) -> None:
@@ -66,7 +68,7 @@ def test_detached_loss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_gradient(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sabotage(monkeypatch, lambda x: x.detach())
+    sabotage(monkeypatch, skipped)
     message = stopped(folder, gradient_accumulation_steps=2)
     assert message.startswith("step 1: no gradient reached model.layers.1.post_attention_layernorm.weight, ")
     assert (
@@ -77,14 +79,14 @@ def test_missing_gradient(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_missing_gradient_of_16_bit_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sabotage(monkeypatch, lambda x: x.detach())
+    sabotage(monkeypatch, skipped)
     message = stopped(folder, gradient_accumulation_steps=2, bf16=True)
     assert "model.layers.1.mlp.gate_proj.weight" in message
 
 
 @pytest.mark.parametrize(("max_steps", "seen_at"), [(5, 5), (55, 50)])
 def test_gradient_that_stays_zero(folder: Path, monkeypatch: pytest.MonkeyPatch, max_steps: int, seen_at: int) -> None:
-    sabotage(monkeypatch, lambda x: x * 0.0)
+    sabotage(monkeypatch, zeroed)
     message = stopped(folder, max_steps=max_steps, weight_decay=0.1)  # which moves the weights all the same
     assert message.startswith(f"step {seen_at}: the gradient of model.layers.1.post_attention_layernorm.weight, ")
     assert f"was exactly zero in each of {seen_at} steps" in message
@@ -93,17 +95,15 @@ def test_gradient_that_stays_zero(folder: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_one_part_of_a_fused_weight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """gate and up are one weight here; only the dead one is named."""
-    glu = decoder.REFERENCE.glu
-
-    def half_dead(x: Tensor, activation: str) -> Tensor:
-        gate, up = x.chunk(2, dim=1)
-        return glu(torch.cat([gate, up.detach()], dim=1), activation)
-
     make = setup._model
+
+    def half_dead(*args: Any, d_gate_up: Tensor, **options: Any) -> Tensor:
+        REFERENCE.glu_backward(*args, d_gate_up=d_gate_up, **options).chunk(2, dim=1)[1].zero_()
+        return d_gate_up
 
     def make_broken(*args: Any) -> nn.Module:
         model = make(*args)
-        model.layers[0].mlp.glu = half_dead
+        model.layers[0]._halves[1].ops = replace(REFERENCE, glu_backward=half_dead)
         return model
 
     monkeypatch.setattr(setup, "_model", make_broken)
@@ -169,7 +169,7 @@ def test_steps_below_the_least_learning_rate_do_not_count() -> None:
     weight = torch.ones(3)
     guard = Guard({"w": ["w"]}, lambda: {"w": weight}, min_lr=0.1, horizon=2)
     for step, lr in enumerate([0.0, 0.01, 0.1, 0.09], start=1):
-        guard.watch_gradients(step, torch.tensor(1.0), torch.tensor([1.0]))
+        guard.watch_gradients(torch.tensor(1.0), torch.tensor([1.0]))
         guard.watch_weights(step, lr)
         guard.check(step)
     guard.watch_weights(5, 0.1)
@@ -181,7 +181,7 @@ def test_one_element_is_enough_to_have_moved() -> None:
     weight = torch.ones(1000)
     guard = Guard({"w": ["w"]}, lambda: {"w": weight}, horizon=1)
     for step in range(1, 4):
-        guard.watch_gradients(step, torch.tensor(1.0), torch.tensor([1.0]))
+        guard.watch_gradients(torch.tensor(1.0), torch.tensor([1.0]))
         weight[step] += 1e-6
         guard.watch_weights(step, 0.1)
         guard.check(step)
@@ -190,7 +190,7 @@ def test_one_element_is_enough_to_have_moved() -> None:
 def test_gradient_norm_that_overflows_in_the_sum_only() -> None:
     weights = {"a": torch.ones(1), "b": torch.ones(1)}
     guard = Guard({"a": ["a"], "b": ["b"]}, lambda: weights)
-    guard.watch_gradients(1, torch.tensor(1.0), torch.tensor([3e38, 3e38]))
+    guard.watch_gradients(torch.tensor(1.0), torch.tensor([3e38, 3e38]))
     with pytest.raises(GuardError, match="step 1: the loss is 1 and the gradient norm overflows float32"):
         guard.check(1)
 
@@ -219,9 +219,9 @@ def _with_loss(step: Callable[..., None], change: Callable[[Tensor, int], Tensor
     """`Training.step` whose loss goes through `change(loss, number of the step)`."""
 
     def changed(self: Training, window: Any) -> None:
-        loss_fn, number = self.run.train_loss, self.state.step + 1
-        self.run.train_loss = lambda *args: change(loss_fn(*args), number)
+        loss_fn, number = self.run.step.loss_fn, self.state.step + 1
+        self.run.step.loss_fn = lambda *args: change(loss_fn(*args), number)
         step(self, window)
-        self.run.train_loss = loss_fn
+        self.run.step.loss_fn = loss_fn
 
     return changed

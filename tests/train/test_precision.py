@@ -122,7 +122,7 @@ def test_a_gpu_gets_fused_kernels(
     ops, told = resolve_ops(GPU, dtype, head_dim=64, deterministic=False)
     plain_backend.cache_clear()
     assert type(ops.attention) is backend
-    assert ops.glu is not REFERENCE.glu
+    assert ops.glu_forward is not REFERENCE.glu_forward
     assert told == says
 
 

@@ -19,6 +19,7 @@ from chronicals.errors import UserError
 from chronicals.models.hf import load_model
 from chronicals.train import trainer
 from chronicals.train.evaluate import Evaluation
+from chronicals.train.step import Step
 from tests.train import helpers
 
 
@@ -307,7 +308,7 @@ def test_out_of_memory_names_what_needs_less(folder: Path, monkeypatch: pytest.M
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
         )
 
-    monkeypatch.setattr(trainer, "train_step", full)
+    monkeypatch.setattr(Step, "__call__", full)
     assert refusal(folder) == (
         "the GPU is out of memory; halve micro_batch_size and double gradient_accumulation_steps, which trains the "
         "same; or set recompute: full, or a shorter sequence_len"
