@@ -1,8 +1,9 @@
 # demo, test, lint, gpu-test, bench: each makes .venv itself when it is missing or older than the pins.
-# PYTHON=python3.12 chooses the interpreter, JOBS the number of test processes.
+# PYTHON=python3.12 chooses the interpreter, JOBS the number of test processes, GPU_JOBS of those that share a GPU.
 
 PYTHON ?= python3
 JOBS ?= 2
+GPU_JOBS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -56,7 +57,8 @@ gpu-test:
 else
 gpu-test: $(STAMP)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "error: torch does not see the GPU; run $(BIN)/chronicals doctor" >&2; exit 1; }
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest -n $(GPU_JOBS) --dist worksteal -m "not large" tests/gpu
+	$(BIN)/python -m pytest -m large tests/gpu
 endif
 
 bench: $(STAMP)

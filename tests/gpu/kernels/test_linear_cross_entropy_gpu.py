@@ -19,7 +19,6 @@ pytestmark = [
 ]
 if torch.cuda.is_available():
     from chronicals.kernels.fused import linear_cross_entropy as fused
-    from chronicals.kernels.fused.cross_entropy_rows import HeadOptions, cross_entropy_rows_
     from chronicals.kernels.grad_sink import InPlace
 
 # value, gradients: logits and dlogits are rounded to the inputs' dtype between the matmuls
@@ -279,26 +278,6 @@ def test_extra_memory(mode: str, limit: float) -> None:
         del loss
         sink.start()
     assert extra <= limit
-
-
-def test_more_than_2_to_the_31_logits() -> None:
-    """All rows in one chunk are asked for, and cut below 2^31; the row kernel itself is right past 32-bit offsets."""
-    tokens, hidden, vocab = 16384, 64, 151937
-    inputs = problem(tokens, hidden, vocab, torch.bfloat16, every=1, padding=0)
-    whole = outcome(fused.linear_cross_entropy, inputs, mode="fast", chunk_rows=tokens)
-    parts = outcome(fused.linear_cross_entropy, inputs, mode="fast", chunk_rows=2048)
-    for one, other in zip(whole, parts, strict=True):
-        assert relative_error(one, other) < 1e-2  # bf16, and other kernels of cuBLAS's; a lost row would be of order 1
-    losses = torch.full((tokens,), math.nan, device="cuda")
-    logits = torch.mm(inputs[0], inputs[1].T)
-    last = logits[-3:].double()
-    targets = torch.empty(tokens, dtype=torch.int64, device="cuda")
-    targets[inputs[2].long()] = inputs[3]
-    cross_entropy_rows_(logits, targets, inputs[4], losses, HeadOptions())
-    assert relative_error(losses[-3:], F.cross_entropy(last, targets[-3:], reduction="none")) < 1e-6
-    gradient = last.softmax(1)
-    gradient[torch.arange(3), targets[-3:]] -= 1
-    assert relative_error(logits[-3:], gradient * inputs[4].double()) < 3e-3
 
 
 def test_agrees_with_the_plain_op() -> None:
