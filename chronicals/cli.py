@@ -162,6 +162,19 @@ def bench_kernels(
     return bench_kernels(op or (), out)
 
 
+@bench.command("step")
+def bench_step(
+    work: Annotated[list[str] | None, typer.Option("--work", help="Only this one; may be repeated.")] = None,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="Only this one, ours or a peer.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Also tell where our step goes.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the JSON goes.")] = None,
+) -> int:
+    """Gate, then time whole training steps, ours and our peers'; needs a GPU and a clone of the repository."""
+    from chronicals.commands.bench import bench_step
+
+    return bench_step(work or (), arm or (), out, profile=profile)
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,

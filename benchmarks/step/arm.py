@@ -76,7 +76,9 @@ def synchronize(device: str) -> None:
 ARMS: dict[str, Spec] = {
     "ours": Spec("ours"),
     "ours_varlen": Spec("ours", options={"attention": "torch"}, about="attention by torch's FlashAttention-2"),
-    "ours_least": Spec("ours", options={"recompute": "full"}, about="least memory: every layer recomputed"),
+    "ours_least": Spec("ours", options={"recompute": "mlp"}, about="less memory: recompute: mlp"),
+    "ours_full": Spec("ours", options={"recompute": "full"}, about="least memory: recompute: full"),
+    "ours_none": Spec("ours", options={"recompute": "none"}, about="recompute: none"),
     "unsloth": Spec("unsloth"),
     "unsloth_graphs": Spec("unsloth", options={"graphs": "1"}, about="UNSLOTH_BLOCK_CUDAGRAPHS=1"),
     "liger": Spec("liger"),

@@ -1,7 +1,7 @@
-"""`chronicals bench kernels`: the fused kernels on this machine, against its own ceilings and against peers.
+"""`chronicals bench kernels` and `chronicals bench step`: this machine's numbers, against its own ceilings and peers.
 
-The benchmarks live in the repository (`benchmarks/kernels/`), as their JSON names a commit; a wheel does not carry
-them, and then the way to them is told. They run in a process of their own, with this Python.
+The benchmarks live in the repository (`benchmarks/`), as their JSON names a commit; a wheel does not carry them, and
+then the way to them is told. They run in a process of their own, with this Python.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import chronicals
 from chronicals.errors import UserError
 
-RUNNER = Path("benchmarks") / "kernels" / "run.py"
+BENCHMARKS = Path("benchmarks")
 
 
 def bench_kernels(ops: Sequence[str], out: Path | None, *, root: Path | None = None) -> int:
@@ -27,20 +27,46 @@ def bench_kernels(ops: Sequence[str], out: Path | None, *, root: Path | None = N
     Raises:
         UserError: this is an installed wheel, or there is no such op.
     """
-    root = Path(chronicals.__file__).parents[1] if root is None else root
-    if not (root / RUNNER).is_file():
-        raise UserError(
-            f"the benchmarks are in the repository, and there is none at {root}",
-            "clone it, pip install --editable . there, and run this again",
-        )
-    known = sorted(file.stem for file in (root / RUNNER).parent.glob("*.py"))
+    root = _clone(root)
+    known = sorted(file.stem for file in (root / BENCHMARKS / "kernels").glob("*.py"))
     known = [name for name in known if name not in {"__init__", "harness", "run"}]
     for name in ops:
         if name not in known:
             raise UserError(f"there is no kernel benchmark {name!r}", f"choose from {', '.join(known)}")
-    command = [sys.executable, "-m", "benchmarks.kernels.run"]
-    for name in ops:
-        command += ["--op", name]
-    if out is not None:
-        command += ["--out", str(out.absolute())]
+    return _run("benchmarks.kernels.run", {"--op": ops}, [], out, root)
+
+
+def bench_step(
+    works: Sequence[str], arms: Sequence[str], out: Path | None, *, profile: bool = False, root: Path | None = None
+) -> int:
+    """Time a whole training step of `arms` on `works` (none: all) and return the exit code, as `bench_kernels` does.
+
+    Args:
+        out: where the JSON goes; None: `benchmarks/results/step.json`.
+        profile: tell where our step goes, too.
+        root: the clone; None: where this package lies.
+
+    Raises:
+        UserError: this is an installed wheel. A work or arm that does not exist is the runner's to tell.
+    """
+    flags = ["--profile"] if profile else []
+    return _run("benchmarks.step.run", {"--work": works, "--arm": arms}, flags, out, _clone(root))
+
+
+def _clone(root: Path | None) -> Path:
+    root = Path(chronicals.__file__).parents[1] if root is None else root
+    if not (root / BENCHMARKS / "kernels" / "run.py").is_file():
+        raise UserError(
+            f"the benchmarks are in the repository, and there is none at {root}",
+            "clone it, pip install --editable . there, and run this again",
+        )
+    return root
+
+
+def _run(module: str, repeated: dict[str, Sequence[str]], flags: Sequence[str], out: Path | None, root: Path) -> int:
+    command = [sys.executable, "-m", module]
+    for option, values in repeated.items():
+        for value in values:
+            command += [option, value]
+    command += [*flags, *([] if out is None else ["--out", str(out.absolute())])]
     return subprocess.run(command, cwd=root).returncode
