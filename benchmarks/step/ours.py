@@ -32,6 +32,7 @@ from chronicals.optim.groups import decay_names
 from chronicals.train.gradients import Gradients
 from chronicals.train.graph import own_stream, step_class
 from chronicals.train.guard import Guard
+from chronicals.train.loss_scale import loss_scale_for
 from chronicals.train.precision import resolve_ops
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # of a gradient's norm, against transformers in float32
@@ -84,6 +85,7 @@ class Ours(Arm):
             self._guard(optimizer),
             loss_fn=partial(ops.linear_cross_entropy, sink=self.model.sink),
             max_grad_norm=MAX_GRAD_NORM,
+            loss_scale=loss_scale_for(self.dtype, device),
         )
         self.chosen = {
             "kernels": kernels,

@@ -19,10 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.step.arm import ARMS, Spec, build
+from benchmarks.step.sft import GSM8K, SFT_ARMS, SFT_MEASURED, measure_sft, read
 from benchmarks.step.summary import told, verdicts
 from benchmarks.step.works import WORKS, Work
 
@@ -46,6 +48,7 @@ MEASURED = (  # the default; `--arm` chooses others
     *("ours", "ours_varlen", "ours_least", "unsloth", "unsloth_graphs", "liger", "compile", "compile_graphs", "eager"),
     *("ours_fp32", "unsloth_fp32", "liger_fp32", "compile_fp32", "eager_fp32"),
 )
+ALL = WORKS | {GSM8K.name: GSM8K}
 
 
 def texts() -> list[str]:
@@ -122,7 +125,7 @@ class Runner:
 
     def work(self, work: Work, arms: list[str], warm: list[str], options: list[str]) -> int:
         """All arms of one work; the number of red ones."""
-        base, checkpoint = ["--child", work.name], self.folder / work.name
+        base, checkpoint = ["--child", work.name, *options], self.folder / work.name / "checkpoint"
         prepared = self.child([*base, "--prepare", "--folder", str(checkpoint)], f"{work.name}_prepare")
         assert "error" not in prepared, f"{work.name}: {prepared['error']}"
         section = (
@@ -131,11 +134,10 @@ class Runner:
         self.record["works"][work.name] = section
         print(f"-- {work.name}: {work.title}; transformers in float32: {prepared['expected']}", flush=True)
         for name in arms:
-            base = ["--child", work.name, "--arm", name, "--folder", str(checkpoint), *options]
-            base += ["--expected", json.dumps(prepared["expected"])]
-            row = self.child([*base, "--ceilings", json.dumps(prepared["ceilings"])], f"{work.name}_{name}")
-            if "error" not in row and name in warm:
-                again = self.child([*base, "--only-first-step"], f"{work.name}_{name}_warm")
+            asked = [*base, "--arm", name, "--folder", str(checkpoint), "--expected", json.dumps(prepared["expected"])]
+            row = self.child([*asked, "--ceilings", json.dumps(prepared["ceilings"])], f"{work.name}_{name}")
+            if "error" not in row and name in warm and work is not GSM8K:
+                again = self.child([*asked, "--only-first-step"], f"{work.name}_{name}_warm")
                 row["first_step_seconds_warm"] = again.get("first_step_seconds", again.get("error"))
             section["arms"][name] = row
             print(told(name, row, section), flush=True)
@@ -145,31 +147,33 @@ class Runner:
         return sum("error" in row for row in section["arms"].values())
 
 
-def prepare(work: Work, folder: Path) -> dict[str, Any]:
+def prepare(work: Work, folder: Path, data: Path | None) -> dict[str, Any]:
     """In a child: the checkpoint, what transformers computes on it, and what this machine does at best."""
     from benchmarks.step.reference import expected, make_checkpoint
 
-    make_checkpoint(work, folder, texts())
+    make_checkpoint(work, folder, texts() if data is None else [question + answer for question, answer in read(data)])
     ceilings = None
     if work.device == "cuda":
         from benchmarks.kernels.run import ceilings as measured
 
         ceilings = measured()
-    return {"expected": expected(work, folder), "ceilings": ceilings}
+    return {"expected": expected(work, folder) if data is None else None, "ceilings": ceilings}
 
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
     """In a child: what it was asked for."""
-    work, spec = WORKS[options.child], ARMS.get((options.arm or [""])[0])
+    work = ALL[options.child]
     if options.prepare:
-        return prepare(work, options.folder)
-    assert spec is not None
+        return prepare(work, options.folder, options.data if work is GSM8K else None)
+    (name,) = options.arm
+    if work is GSM8K:
+        return measure_sft(SFT_ARMS[name], options.folder, options.data, options.started)
     if options.only_first_step:
-        arm = build(spec, work, options.folder)
+        arm = build(ARMS[name], work, options.folder)
         arm.step(0)
         arm.loss()
         return {"first_step_seconds": time.time() - options.started}
-    return _measured(spec, work, options)
+    return _measured(ARMS[name], replace(work, timed=options.steps or work.timed), options)
 
 
 def _measured(spec: Spec, work: Work, options: argparse.Namespace) -> dict[str, Any]:
@@ -191,10 +195,13 @@ def _measured(spec: Spec, work: Work, options: argparse.Namespace) -> dict[str, 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.step.run", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", action="append", choices=sorted(WORKS), help="only this one; may be repeated")
-    parser.add_argument("--arm", action="append", choices=sorted(ARMS), help="only this one; may be repeated")
+    names = sorted({*ARMS, *SFT_ARMS})
+    parser.add_argument("--work", action="append", choices=sorted(ALL), help="only this one; may be repeated")
+    parser.add_argument("--arm", action="append", choices=names, help="only this one; may be repeated")
+    parser.add_argument("--data", type=Path, help="for gsm8k: its train.jsonl, rows of question and answer")
+    parser.add_argument("--steps", type=int, help="timed steps, where not 24")
     parser.add_argument("--profile", action="store_true", help="where our step goes, kernel by kernel")
-    parser.add_argument("--warm", action="append", choices=sorted(ARMS), help="start it again on warm caches (ours)")
+    parser.add_argument("--warm", action="append", choices=names, help="start it again on warm caches (ours)")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--commit", help="what to record where this is a copy without history")
     for name in ("--child", "--folder", "--expected", "--ceilings", "--started"):
@@ -212,7 +219,10 @@ def main(argv: list[str]) -> int:
         return 0
     import torch
 
-    works = [WORKS[name] for name in options.work or ("full05", "full05s")]
+    works = [ALL[name] for name in options.work or ("full05", "full05s", *(["gsm8k"] if options.data else []))]
+    if GSM8K in works and options.data is None:
+        print("error: gsm8k needs --data FILE, its train.jsonl with question and answer", file=sys.stderr)
+        return 2
     if any(work.device == "cuda" for work in works) and not torch.cuda.is_available():
         print("error: no GPU here, so nothing was measured; run this on a machine that has one", file=sys.stderr)
         return 2
@@ -220,7 +230,13 @@ def main(argv: list[str]) -> int:
         runner = Runner(options.out, machine(argv, options.commit), Path(folder))
         print(runner.where["gpu"], runner.where["versions"], runner.where["commit"], flush=True)
         passed = ["--profile"] if options.profile else []
-        red = sum(runner.work(work, options.arm or list(MEASURED), options.warm or ["ours"], passed) for work in works)
+        passed += ["--steps", str(options.steps)] if options.steps else []
+        passed += ["--data", str(options.data.absolute())] if options.data else []
+        red = 0
+        for work in works:
+            known, measured = (SFT_ARMS, SFT_MEASURED) if work is GSM8K else (ARMS, MEASURED)
+            arms = [name for name in options.arm or measured if name in known]
+            red += runner.work(work, arms, options.warm or ["ours"], passed)
     print(f"{red} red; wrote {options.out}")
     return min(red, 1)
 

@@ -1,0 +1,127 @@
+"""Peers' own trainers on the work `gsm8k`: Unsloth packed and as it comes, TRL with Liger's kernels, padded.
+
+Each by its documentation for full fine-tuning where memory suffices: bf16 weights, fused AdamW, no gradient
+checkpointing. What is counted and when is said in benchmarks/step/sft.py.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.step.measure import Memory, check_moved
+from benchmarks.step.sft import DOCUMENTS, LEARNING_RATE, LENGTH, MARKS, SLOTS, SftSpec, row_of
+
+
+def train(spec: SftSpec, folder: Path, file: Path, started: float) -> dict[str, Any]:
+    """The arm's row. Raises AssertionError where the gate is red."""
+    if spec.family == "unsloth":
+        import unsloth  # noqa: F401  patches what is imported after it, so it comes first
+    model, tokenizer = _unsloth(folder) if spec.family == "unsloth" else _transformers(folder)
+    assert {str(p.dtype) for p in model.parameters()} == {"torch.bfloat16"}
+    memory, counted = Memory("cuda"), _Counted()
+    trainer = _trainer(spec, model, tokenizer, file)
+    trainer.data_collator = counted.around(trainer.data_collator)
+    clock = _clock(started, memory)
+    trainer.add_callback(clock)
+    trainer.train()
+    check_moved({name: p.detach() for name, p in trainer.model.named_parameters()}, folder)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    logs = {name: {"first": float(logged[0][name]), "last": float(logged[-1][name])} for name in ("loss", "grad_norm")}
+    tokens = {step: sum(counted.tokens[:step]) for step in MARKS}
+    fill = sum(counted.tokens[: MARKS[-1]]) / sum(counted.slots[: MARKS[-1]])
+    chosen = {"attention": str(getattr(model.config, "_attn_implementation", "")), "fill": f"{fill:.1%}"}
+    return row_of(clock.marks, tokens, logs, clock.first, memory) | {"chosen": chosen}
+
+
+def _unsloth(folder: Path) -> tuple[Any, Any]:
+    import torch
+    from unsloth import FastLanguageModel
+
+    return FastLanguageModel.from_pretrained(
+        str(folder),
+        max_seq_length=LENGTH,
+        dtype=torch.bfloat16,
+        load_in_4bit=False,
+        full_finetuning=True,
+        use_gradient_checkpointing=False,
+    )
+
+
+def _transformers(folder: Path) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    return model.to("cuda"), AutoTokenizer.from_pretrained(folder)
+
+
+def _trainer(spec: SftSpec, model: Any, tokenizer: Any, file: Path) -> Any:
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    config = SFTConfig(
+        output_dir=str(file.parent / "peer"),
+        max_length=LENGTH,
+        packing=spec.packing,
+        per_device_train_batch_size=SLOTS if spec.packing else DOCUMENTS,
+        max_steps=MARKS[-1],
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        max_grad_norm=1.0,
+        bf16=True,
+        gradient_checkpointing=False,
+        use_liger_kernel=spec.family == "trl",
+        logging_steps=MARKS[0],
+        save_strategy="no",
+        report_to="none",
+        seed=42,
+        dataset_num_proc=8,
+        **({} if spec.masked else {"dataset_text_field": "text"}),
+    )
+    data = load_dataset("json", data_files=str(file), split="train", cache_dir=str(file.parent / "datasets"))
+    return SFTTrainer(model=model, processing_class=tokenizer, train_dataset=data, args=config)
+
+
+class _Counted:
+    """Real tokens and slots of each batch, in the order in which batches are made, which is that of steps."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.slots: list[int] = []
+
+    def around(self, collator: Any) -> Any:
+        def collate(*args: Any, **options: Any) -> Any:
+            batch = collator(*args, **options)
+            slots = batch["input_ids"].numel()
+            lengths, mask = batch.get("packed_seq_lengths"), batch.get("attention_mask")
+            real = lengths if lengths is not None else mask
+            self.tokens.append(slots if real is None else int(real.sum()))
+            self.slots.append(slots)
+            return batch
+
+        return collate
+
+
+def _clock(started: float, memory: Memory) -> Any:
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        """When the marked steps had ended on the device."""
+
+        def __init__(self) -> None:
+            self.marks: dict[int, float] = {}
+            self.first = float("nan")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if state.global_step == 1 or state.global_step in MARKS:
+                torch.cuda.synchronize()
+                self.marks[state.global_step] = time.perf_counter()
+                memory.look()
+            if state.global_step == 1:
+                self.first = time.time() - started
+
+    return Clock()
