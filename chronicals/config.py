@@ -201,7 +201,10 @@ class TrainConfig(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of shuffling, held-out documents and random weights."""
     bf16: Literal["auto"] | bool = "auto"
-    """Compute in bfloat16; `auto`: where the GPU has it, else float32. Saved weights have this dtype."""
+    """Compute in bfloat16; `auto`: where the GPU has it. Saved weights have the dtype that is computed in."""
+    fp16: Literal["auto"] | bool = "auto"
+    """Compute in float16 with float32 masters and loss scaling; `auto`: where `bf16: auto` finds a GPU without
+    bfloat16. Else float32."""
     recompute: Literal["none", "light", "mlp", "full"] = "light"
     """What backward computes again instead of keeping: norms and activations (`light`), the MLP too, a whole layer."""
     recompute_layers: Count | None = None

@@ -15,6 +15,7 @@ ALIASES: dict[str, str] = {
     "cutoff_len": "sequence_len",
     "dataset_num_proc": "dataset_processes",
     "evaluation_strategy": "eval_strategy",
+    "float16": "fp16",
     "full_determinism": "deterministic",
     "gradient_checkpointing": "recompute",
     "label_smoothing": "label_smoothing_factor",
@@ -81,7 +82,7 @@ _FAMILY = "the model's own config.json names its family"
 
 # Accepted, without any effect: key -> why, one line, for the log.
 NOTES: dict[str, str] = {
-    "tf32": "matrix products run in the compute dtype that bf16 chooses",
+    "tf32": "matrix products run in the compute dtype that bf16 and fp16 choose",
     "flash_attention": _ATTENTION,
     "attn_implementation": _ATTENTION,
     "pad_to_sequence_len": "every bin has sequence_len slots",
@@ -132,8 +133,6 @@ UNSUPPORTED: dict[str, str] = {
     "deepspeed": _LATER,
     "fsdp": _LATER,
     "fsdp_config": _LATER,
-    "fp16": "use `bf16: auto`, which is float32 where the GPU has no bfloat16",
-    "float16": "use `bf16: auto`, which is float32 where the GPU has no bfloat16",
     "batch_size": "set micro_batch_size and gradient_accumulation_steps, whose product it is",
     "base_model_config": "base_model's own config.json is used; remove the key",
     "trust_remote_code": "no code from a repository is ever run; remove the key",

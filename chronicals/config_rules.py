@@ -16,6 +16,7 @@ def check(config: TrainConfig, names: Names, given: set[str]) -> None:
     rules = [
         *_cadence_rules(config, given),
         *_evaluation_rules(config, given),
+        ("fp16", config.fp16 is True and config.bf16 is True, "fp16 and bf16 are both true", "remove one of them"),
         (
             "warmup_ratio",
             bool(config.warmup_steps and config.warmup_ratio),

@@ -78,7 +78,13 @@ def test_words_that_look_like_exponents_stay_text(load) -> None:
 
 @pytest.mark.parametrize(("alias", "name"), sorted(config_axolotl.ALIASES.items()))
 def test_an_alias_is_the_name_it_stands_for(load, alias: str, name: str) -> None:
-    value = {"resume_from_checkpoint": "auto", "eval_strategy": "'no'", "optimizer": "adamw", "lr_scheduler": "cosine"}
+    value = {
+        "resume_from_checkpoint": "auto",
+        "fp16": "true",
+        "eval_strategy": "'no'",
+        "optimizer": "adamw",
+        "lr_scheduler": "cosine",
+    }
     value |= {"base_model": "q", "revision_of_model": "r", "wandb_name": "n", "num_epochs": "2.0", "recompute": "full"}
     value |= {"bf16": "true", "deterministic": "true", "sample_packing": "false", "label_smoothing_factor": "0.1"}
     base = BASE if name != "base_model" else BASE.replace("base_model: m\n", "")
@@ -171,7 +177,7 @@ ERRORS = [
     ("1: 2", "c.yaml:4: unknown key 1; docs/guide"),
     ("\n\nadapter: lora", "c.yaml:6: adapter is known but not supported; it is planned"),
     ("load_in_4bit: true", "c.yaml:4: load_in_4bit is known but not supported"),
-    ("fp16: true", "c.yaml:4: fp16 is known but not supported; use `bf16: auto`"),
+    ("fp16: true\nbf16: true", "c.yaml:4: fp16 and bf16 are both true; remove one of them"),
     ("trust_remote_code: true", "c.yaml:4: trust_remote_code is known but not supported; no code from a repository"),
     ("optimizer: lion", "c.yaml:4: optimizer: lion is known but not supported; use adamw"),
     ("optim: sgdd", "c.yaml:4: optim must be adamw, not 'sgdd'"),
@@ -351,6 +357,7 @@ chat_template_jinja: "{{ messages }}\\n"
 wandb_project: p
 max_steps: 12
 bf16: false
+float16: true
 tf32: true
 """
 

@@ -3,7 +3,7 @@
 A checkpoint is a model folder (weights, config.json, generation_config.json, tokenizer), plus
 
     optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>, master.<name> under Hugging Face names, and step_count;
-                            sharded when large
+                            loss_scale.<what> of a float16 run; sharded when large
     rng.safetensors         random state of torch
     trainer_state.json      progress, what may not change, the size of every file, the digest of every tensor
     config.yaml             as run
@@ -34,6 +34,7 @@ from chronicals.errors import UserError
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import fsync, hf_views, save_model
 from chronicals.train.digest import digests
+from chronicals.train.loss_scale import LossScale
 from chronicals.train.state import DAMAGED_MEND, load_state
 
 STATE_FILE = "trainer_state.json"
@@ -54,6 +55,7 @@ class Parts:
 
     model: Decoder
     optimizer: OptimizerState
+    loss_scale: LossScale
     chat: ChatTokenizer
     generation_config: dict[str, Any]  # the base model's
     config_yaml: str
@@ -151,7 +153,8 @@ def write_checkpoint(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
     _write_optimizer(folder, parts)
     rng = _rng()
     save_file(rng, folder / "rng.safetensors")
-    digests |= {name: _hex([tensor])[0] for name, tensor in _optimizer_views(parts.model, parts.optimizer)}
+    views = _optimizer_views(parts.model, parts.optimizer, parts.loss_scale)
+    digests |= {name: _hex([tensor])[0] for name, tensor in views}
     digests |= {f"rng.{name}": _hex([tensor])[0] for name, tensor in rng.items()}
     write_state(folder, state, digests)
 
@@ -195,9 +198,11 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     return state
 
 
-def restore(folder: Path, state: dict[str, Any], model: Decoder, optimizer: OptimizerState) -> None:
-    """Fill the optimizer and torch's random state; `model` was loaded from `folder` and is compared with what was
-    saved."""
+def restore(
+    folder: Path, state: dict[str, Any], model: Decoder, optimizer: OptimizerState, loss_scale: LossScale
+) -> None:
+    """Fill the optimizer, the loss scale and torch's random state; `model` was loaded from `folder` and is compared
+    with what was saved."""
 
     def compare(name: str, tensor: Tensor) -> None:
         if _hex([tensor])[0] != state["digests"].get(name):
@@ -205,7 +210,7 @@ def restore(folder: Path, state: dict[str, Any], model: Decoder, optimizer: Opti
 
     for name, weight in hf_views(model, dict(model.named_parameters())):
         compare(name, weight)
-    waiting = dict(_optimizer_views(model, optimizer))
+    waiting = dict(_optimizer_views(model, optimizer, loss_scale))
     for name, saved in _read(sorted(folder.glob("optimizer*.safetensors"))):
         target = waiting.pop(name, None)
         if target is None or target.shape != saved.shape:
@@ -229,9 +234,10 @@ def checkpoint_bytes(model: Decoder, optimizer: OptimizerState) -> tuple[int, in
     return weights + moments, weights
 
 
-def _optimizer_views(model: Decoder, optimizer: OptimizerState) -> Iterator[tuple[str, Tensor]]:
+def _optimizer_views(model: Decoder, optimizer: OptimizerState, loss_scale: LossScale) -> Iterator[tuple[str, Tensor]]:
     """The live optimizer state under the names it is saved by; loading copies into the same views."""
     yield "step_count", optimizer.step_count
+    yield from ((f"loss_scale.{name}", tensor) for name, tensor in loss_scale.state().items())
     for kind, tensors in optimizer.state().items():
         for name, view in hf_views(model, tensors):
             yield f"{kind}.{name}", view
@@ -240,7 +246,7 @@ def _optimizer_views(model: Decoder, optimizer: OptimizerState) -> Iterator[tupl
 def _write_optimizer(folder: Path, parts: Parts) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
-    for name, view in _optimizer_views(parts.model, parts.optimizer):
+    for name, view in _optimizer_views(parts.model, parts.optimizer, parts.loss_scale):
         size = view.numel() * view.element_size()
         if size > room and shards[-1]:
             shards.append({})

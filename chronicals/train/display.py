@@ -42,10 +42,11 @@ class Display:
         memory = f"{row['peak_memory_gib']:.2f} GiB"
         self._bar.update(self._task, completed=row["step"], loss=loss, speed=speed, memory=memory)
         if not self.console.is_terminal:
+            norm = f"grad_norm {row['grad_norm']:.3f}" if "grad_norm" in row else "skipped, as float16 overflowed"
             left = (self.total_steps - row["step"]) * row["step_ms"] / 1000
             self.say(
                 f"step {row['step']}/{self.total_steps}  epoch {row['epoch']:.2f}  {loss}  "
-                f"grad_norm {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}  {speed}  "
+                f"{norm}  lr {row['learning_rate']:.2e}  {speed}  "
                 f"{row['step_ms']:.0f} ms/step  {memory}  {duration(left)} left"
             )
 

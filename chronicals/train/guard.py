@@ -3,7 +3,7 @@
 It watches, at every step:
 
 - losses and gradients that are not finite: from then on no update writes anything, so the weights stay those of the
-  step before;
+  step before (a float16 gradient that overflows skips its own step alone, until the loss scale cannot fall further);
 - trainable tensors that no gradient reaches at step 1, or whose gradient is exactly zero over the first `HORIZON`
   steps (or over all of a shorter run);
 - trainable tensors none of whose elements moved (in the master copy, where there is one) over `HORIZON` steps of
@@ -86,21 +86,28 @@ class Guard:
                 "look for a detached tensor or a module that forward never calls, or freeze it (requires_grad=False)"
             )
 
-    def watch_gradients(self, loss: Tensor, norms: Tensor) -> Tensor:
+    def watch_gradients(self, loss: Tensor, norms: Tensor, *, may_mend: Tensor | None = None) -> Tensor:
         """Take in the next step's loss () and the gradient norm of each watched tensor (P,).
 
         Writes tensors made before and asks the host nothing, so that a graph can hold it.
 
-        Returns () bool on the device: this and every earlier step was finite, so the update may write.
+        Args:
+            may_mend: () bool: a gradient that is not finite beside a finite loss is the loss scale's, which may still
+                fall; such a step is skipped and is nothing against the run.
+
+        Returns () bool on the device: this step was finite, and no earlier one stopped the run, so the update may
+        write.
         """
         self._step += 1
-        finite = torch.isfinite(loss) & torch.isfinite(torch.linalg.vector_norm(norms))
-        newly = ~finite & (self._bad_step == 0)
+        loss_is_finite = torch.isfinite(loss)
+        finite = loss_is_finite & torch.isfinite(torch.linalg.vector_norm(norms))
+        bad = ~finite if may_mend is None else ~(finite | (loss_is_finite & may_mend))
+        newly = bad & (self._bad_step == 0)
         torch.where(newly, self._step, self._bad_step, out=self._bad_step)
         torch.where(newly, loss, self._bad_loss, out=self._bad_loss)
         torch.where(newly, norms, self._bad_norms, out=self._bad_norms)
         self._reached |= norms != 0
-        return self._bad_step == 0
+        return finite & (self._bad_step == 0)
 
     def watch_weights(self, step: int, lr: float) -> None:
         """Count a step's update; once in `horizon` steps of learning, compare the weights."""

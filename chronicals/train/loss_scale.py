@@ -6,14 +6,8 @@ is always a power of two: neither multiplying nor dividing by it rounds. It halv
 overflowed, which writes nothing, and doubles after `GROWTH_STEPS` steps in a row that did not.
 
 Everything is a tensor on the device that changes in place, so that steps may be replayed as a CUDA graph and nothing is
-read by the host. What a step does with it, for the batch's `grad_scale`, its loss and its gradient's norm:
-
-    loss = loss_fn(..., scale.scaled(batch.grad_scale))     # dlogits are final there: S must be known before
-    loss, norm = scale.unscaled(loss), scale.unscaled(norm)
-    clip = scale.unscaled(clip_scale(norm))                  # the update multiplies gradients by it: no pass of its own
-    excused = scale.may_fall()                               # an overflow that the next, smaller scale may mend
-    ... update where the norm is finite ...
-    scale.update(isfinite(norm))
+read by the host. It costs no pass over gradients: S is a factor of the loss's `grad_scale` (dlogits are final in the
+forward pass, so S must be known before), and 1 / S one of what clipping multiplies gradients by.
 
 S cannot mend a loss that is not finite, as the forward pass does not depend on it, nor a gradient that overflows at
 `LOWEST`: these stop the run as they do in any dtype. Left out: a scale for each layer; scaling of float8, which has its
@@ -32,7 +26,37 @@ GROWTH_STEPS = 2000  # as torch.amp.GradScaler
 
 
 class LossScale:
-    """The loss scale of a run, on `device`.
+    """Nothing is scaled: float32 and bfloat16 have the range."""
+
+    def scaled(self, grad_scale: Tensor) -> Tensor:
+        """`grad_scale` (1,) float32 times the scale: what the loss is computed with."""
+        return grad_scale
+
+    def unscaled(self, value: Tensor) -> Tensor:
+        """`value`, float32 and computed with the scale, without it."""
+        return value
+
+    def may_fall(self) -> Tensor | None:
+        """() bool: the scale is above its floor, so an overflow now is no verdict on the run. None: it never is."""
+        return None
+
+    def update(self, finite: Tensor) -> None:
+        """Take in whether this step's gradient was finite, () or (1,) bool, and set the next step's scale in place."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors that a checkpoint holds; to load one, copy into them."""
+        return {}
+
+    def row(self) -> dict[str, float]:
+        """What is logged of it; reads it back."""
+        return {}
+
+
+UNSCALED = LossScale()
+
+
+class DynamicLossScale(LossScale):
+    """The loss scale of a float16 run, on `device`.
 
     Attributes:
         scale: (1,) float32, a power of two from `LOWEST` to `HIGHEST`; constant between two calls of `update`.
@@ -46,26 +70,29 @@ class LossScale:
         self.skipped = torch.zeros(1, dtype=torch.int32, device=device)
 
     def scaled(self, grad_scale: Tensor) -> Tensor:
-        """`grad_scale` (1,) float32 times the scale: what the loss is computed with."""
         return grad_scale * self.scale
 
     def unscaled(self, value: Tensor) -> Tensor:
-        """A new tensor: `value`, float32 and computed with the scale, without it."""
         assert value.dtype == torch.float32, "the quotient may be too small for 16 bits"
         return value / self.scale.view(())
 
     def may_fall(self) -> Tensor:
-        """() bool: the scale is above its floor, so an overflow now is no verdict on the run."""
         return self.scale.view(()) > LOWEST
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """Take in whether this step's gradient was finite, () or (1,) bool, and set the next step's scale in place."""
         overflow = (~finite).view(1).float()
         self.skipped += overflow.int()
         torch._amp_update_scale_(self.scale, self.good_steps, overflow, 2.0, 0.5, GROWTH_STEPS)
         self.scale.clamp_(LOWEST, HIGHEST)
 
     def state(self) -> dict[str, Tensor]:
-        """The live tensors that a checkpoint holds; to load one, copy into them."""
         return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
+
+    def row(self) -> dict[str, float]:
+        return {"loss_scale": float(self.scale), "skipped_steps": int(self.skipped)}
+
+
+def loss_scale_for(dtype: torch.dtype, device: torch.device) -> LossScale:
+    """Of a run that computes in `dtype`."""
+    return DynamicLossScale(device) if dtype == torch.float16 else UNSCALED

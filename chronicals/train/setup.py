@@ -37,8 +37,9 @@ from chronicals.train.gradients import Gradients
 from chronicals.train.graph import step_class
 from chronicals.train.guard import Guard
 from chronicals.train.lock import LOCK_FILE
+from chronicals.train.loss_scale import loss_scale_for
 from chronicals.train.plan import Plan
-from chronicals.train.precision import resolve_device, resolve_dtype, resolve_ops
+from chronicals.train.precision import resolve_device, resolve_dtype, resolve_ops, told_dtype
 from chronicals.train.state import RunState, check_identity, identity, load_state, told, told_changes
 from chronicals.train.step import LossFn, Step
 
@@ -83,7 +84,8 @@ class Run:
     notes: list[str]
 
     def parts(self) -> Parts:
-        return Parts(self.model, self.optimizer, self.data.chat, self.generation_config, self.config.to_yaml())
+        scale = self.step.loss_scale
+        return Parts(self.model, self.optimizer, scale, self.data.chat, self.generation_config, self.config.to_yaml())
 
     def trainer_state(self) -> dict[str, Any]:
         """What `trainer_state.json` says of the run itself."""
@@ -106,7 +108,7 @@ def check_start(config: TrainConfig) -> Start:
             f"WORLD_SIZE is {world}, but only one process is supported", "start without torchrun or accelerate"
         )
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.bf16, device)
+    dtype = resolve_dtype(config.bf16, device, config.fp16)
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir {output_dir} is a file", "choose another output_dir")
@@ -178,9 +180,10 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
         weight_decay=config.weight_decay,
         decay_names=decay_names(trainable),
     )
+    loss_scale = loss_scale_for(start.dtype, start.device)
     state, notes = RunState(), []
     if saved is not None and start.checkpoint is not None:
-        restore(start.checkpoint, saved, model, optimizer)
+        restore(start.checkpoint, saved, model, optimizer, loss_scale)
         state = RunState(**saved["progress"])
         notes = [f"resuming from {start.checkpoint}, step {state.step}", *told_changes(saved["settings"], config)]
         if start.checkpoint.resolve().parent != start.output_dir.resolve():
@@ -201,6 +204,7 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
         guard,
         loss_fn=partial(loss, label_smoothing=config.label_smoothing_factor, z_loss=config.z_loss, sink=model.sink),
         max_grad_norm=config.max_grad_norm,
+        loss_scale=loss_scale,
     )
     return Run(
         config=config,
@@ -247,7 +251,7 @@ def header(run: Run) -> dict[str, str]:
     facts = {
         "model": f"{run.config.base_model} ({model.config.family}{weights})",
         "trainable parameters": f"{trained:,} of {total:,}",
-        "device": f"{device}, {str(run.start.dtype).removeprefix('torch.')}",
+        "device": f"{device}, {told_dtype(run.start.dtype, run.start.device, run.config.bf16, run.config.fp16)}",
         "kernels": run.kernels,
         "documents": f"{stats.documents:,}",
         "tokens": f"{stats.tokens:,}",

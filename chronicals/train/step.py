@@ -19,6 +19,7 @@ from chronicals.data.batch import PackedBatch
 from chronicals.models.decoder import Decoder
 from chronicals.train.gradients import Gradients
 from chronicals.train.guard import Guard
+from chronicals.train.loss_scale import UNSCALED, LossScale
 
 # hidden, head weight, target rows, targets, grad scale -> loss
 LossFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -43,7 +44,7 @@ class StepOutput:
     """Live tensors, which the next step overwrites."""
 
     loss: Tensor  # () float32: mean loss over the window's supervised tokens
-    grad_norm: Tensor  # () float32: global L2 norm before clipping
+    grad_norm: Tensor  # () float32: global L2 norm before clipping; not finite where the step was skipped
 
 
 class Step:
@@ -58,9 +59,10 @@ class Step:
         *,
         loss_fn: LossFn,
         max_grad_norm: float,
+        loss_scale: LossScale = UNSCALED,
     ) -> None:
         self.model, self.gradients, self.optimizer, self.guard = model, gradients, optimizer, guard
-        self.loss_fn, self.max_grad_norm = loss_fn, max_grad_norm
+        self.loss_fn, self.max_grad_norm, self.loss_scale = loss_fn, max_grad_norm, loss_scale
         self.device = model.head_weight.device
         self.lr, self.loss, self.grad_norm = (torch.zeros((), device=self.device) for _ in range(3))
         self._checked = False
@@ -88,19 +90,21 @@ class Step:
         """Forward and backward: adds to the loss, writes or adds to the gradients."""
         model = self.model
         hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.token_order)
-        loss = self.loss_fn(hidden, model.head_weight, batch.target_rows, batch.targets, batch.grad_scale)
+        grad_scale = self.loss_scale.scaled(batch.grad_scale)
+        loss = self.loss_fn(hidden, model.head_weight, batch.target_rows, batch.targets, grad_scale)
         self.guard.check_loss(loss)
         loss.backward()
-        self.loss += loss.detach()
+        self.loss += self.loss_scale.unscaled(loss.detach())
 
     @torch.no_grad()
     def update(self) -> None:
         """Norm, clip, AdamW; where gradients add up, zeros for the next step."""
-        norms = tensor_norms(list(self.gradients.views.values()))
+        norms = self.loss_scale.unscaled(tensor_norms(list(self.gradients.views.values())))
         self.grad_norm.copy_(torch.linalg.vector_norm(norms))
-        healthy = self.guard.watch_gradients(self.loss, norms)
-        scale = clip_scale(self.grad_norm, self.max_grad_norm)
+        healthy = self.guard.watch_gradients(self.loss, norms, may_mend=self.loss_scale.may_fall())
+        scale = self.loss_scale.unscaled(clip_scale(self.grad_norm, self.max_grad_norm))
         self.optimizer.step(self.gradients.buffers, self.lr, scale, healthy, zero_grads=self.gradients.accumulate)
+        self.loss_scale.update(torch.isfinite(self.grad_norm))
 
 
 def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -174,10 +174,11 @@ class Training:
             "step": state.step,
             "epoch": self.plan.epoch(state.step),
             "loss": state.train_loss,
-            "grad_norm": grad_norm,
+            **({"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}),  # a skipped step has none
             "learning_rate": lr,
             "tokens": state.tokens,
             "supervised_tokens": state.supervised_tokens,
+            **self.run.step.loss_scale.row(),
             **self.meter.read(),
         }
         self.write(row)

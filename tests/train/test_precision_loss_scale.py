@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from chronicals.train import loss_scale
-from chronicals.train.loss_scale import GROWTH_STEPS, HIGHEST, INITIAL, LOWEST, LossScale
+from chronicals.train.loss_scale import GROWTH_STEPS, HIGHEST, INITIAL, LOWEST, DynamicLossScale
 
 
-def after(scale: LossScale, *steps: bool) -> float:
+def after(scale: DynamicLossScale, *steps: bool) -> float:
     for finite in steps:
         scale.update(torch.tensor(finite))
     return float(scale.scale)
 
 
 def test_it_halves_at_each_overflow_down_to_its_floor() -> None:
-    scale = LossScale("cpu")
+    scale = DynamicLossScale("cpu")
     assert after(scale, False) == INITIAL / 2
     assert after(scale, True, False) == INITIAL / 4
     assert bool(scale.may_fall())
@@ -28,7 +28,7 @@ def test_it_halves_at_each_overflow_down_to_its_floor() -> None:
 
 def test_it_doubles_after_as_many_good_steps_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_scale, "GROWTH_STEPS", 5)
-    scale = LossScale("cpu")
+    scale = DynamicLossScale("cpu")
     assert after(scale, *[True] * 4) == INITIAL
     assert after(scale, False, *[True] * 4) == INITIAL / 2, "an overflow starts the count again"
     assert after(scale, True) == INITIAL
@@ -44,7 +44,7 @@ def test_the_interval_is_that_of_torch() -> None:
 
 def test_everything_changes_in_place() -> None:
     """A captured graph reads the addresses that it was captured with."""
-    scale = LossScale("cpu")
+    scale = DynamicLossScale("cpu")
     addresses = [tensor.data_ptr() for tensor in scale.state().values()]
     after(scale, False, True, True)
     assert [tensor.data_ptr() for tensor in scale.state().values()] == addresses
@@ -53,7 +53,7 @@ def test_everything_changes_in_place() -> None:
 
 def test_a_copied_state_goes_on_as_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_scale, "GROWTH_STEPS", 5)
-    one, other = LossScale("cpu"), LossScale("cpu")
+    one, other = DynamicLossScale("cpu"), DynamicLossScale("cpu")
     after(one, False, True, True, True)
     for name, tensor in other.state().items():
         tensor.copy_(one.state()[name])
@@ -62,7 +62,7 @@ def test_a_copied_state_goes_on_as_the_original(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_scaling_and_back_rounds_nothing() -> None:
-    scale, value = LossScale("cpu"), torch.rand(1000) * 1e-6
+    scale, value = DynamicLossScale("cpu"), torch.rand(1000) * 1e-6
     for _ in range(17):
         assert torch.equal(scale.unscaled(scale.scaled(value)), value)
         scale.update(torch.tensor(False))
@@ -71,4 +71,4 @@ def test_scaling_and_back_rounds_nothing() -> None:
 
 def test_a_16_bit_value_is_not_unscaled() -> None:
     with pytest.raises(AssertionError, match="too small for 16 bits"):
-        LossScale("cpu").unscaled(torch.ones(1, dtype=torch.float16))
+        DynamicLossScale("cpu").unscaled(torch.ones(1, dtype=torch.float16))
