@@ -1,0 +1,110 @@
+"""The benchmarks of precision: that their gates can fail, and that they run; their figures come from a GPU."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.precision import arms, curve, run
+from benchmarks.precision.text import Shape, make_tokenizer, write_model, write_text
+from chronicals.train import setup
+from tests.train.helpers import WORDS
+
+TINY = Shape(layers=1, hidden=32, intermediate=48, heads=2, kv_heads=1, vocab=300)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Rows of questions and answers."""
+    rng, file = random.Random(0), tmp_path / "text.jsonl"
+    rows = [{"q": " ".join(rng.choices(WORDS, k=9)), "a": " ".join(rng.choices(WORDS, k=9))} for _ in range(120)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def figures(train_loss: float, eval_loss: float) -> dict[str, Any]:
+    return {"train_loss": train_loss, "eval_loss": eval_loss}
+
+
+def good() -> run.Results:
+    """Bands of 0.02 and 0.03; the formats inside, plain bf16 outside."""
+    names, losses = [arm.name for arm in arms.MASTERS], [(2.00, 3.00), (2.02, 2.97), (2.01, 2.98)]
+    masters = {name: figures(*pair) for name, pair in zip(names, losses, strict=True)}
+    return masters | {
+        arm.name: figures(2.5, 3.5) if arm.plain else figures(2.019, 2.9)
+        for arm in arms.ARMS
+        if arm not in arms.MASTERS
+    }
+
+
+def test_the_band_is_what_seeds_do() -> None:
+    band, wrong = run.judge(good())
+    assert band == pytest.approx({"train_loss": 0.02, "eval_loss": 0.03})
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("arm", "result", "says"),
+    [
+        (
+            "fp16: true",
+            figures(2.03, 3.0),
+            "fp16: true: train_loss is +0.0300 from the master's, outside a band of 0.0200",
+        ),
+        (
+            "adamw_8bit",
+            figures(2.0, 3.04),
+            "adamw_8bit: eval_loss is +0.0400 from the master's, outside a band of 0.0300",
+        ),
+        ("adamw_bf16_sr", figures(float("nan"), 3.0), "train_loss is +nan from the master's, outside"),
+        ("plain bf16", figures(2.01, 3.5), "plain bf16: train_loss is +0.0100 from the master's, inside a band"),
+        ("adamw_8bit", {"failed": "GuardError: step 3"}, "adamw_8bit: GuardError: step 3"),
+        ("fp32 master, seed 2", {"failed": "no memory"}, "no noise band without all runs with float32 masters"),
+    ],
+)
+def test_what_turns_the_study_red(arm: str, result: dict[str, Any], says: str) -> None:
+    _, wrong = run.judge(good() | {arm: result})
+    assert any(says in line for line in wrong), wrong
+
+
+def test_a_curve_outside_the_spread_is_red_and_so_is_a_spread_that_shows_nothing() -> None:
+    flat = [1.0] * 4
+    curves = {name: [x + 0.01 * i for x in flat] for i, name in enumerate(curve.RUNS)}
+    curves |= {"ours": [1.01] * 4, curve.WRONG: [1.05] * 4, curve.FLOAT32: flat}
+    spread, _, wrong = curve.judge(curves)
+    assert (spread, wrong) == (pytest.approx(0.02), [])
+    _, _, wrong = curve.judge(curves | {"ours": [1.01, 1.01, 1.01, 1.2]})
+    assert len(wrong) == 1 and wrong[0].startswith("our curve is 0.09")
+    _, _, wrong = curve.judge(curves | {"ours": [float("nan")] * 4, curve.WRONG: [1.015] * 4})
+    assert [line.split()[0] for line in wrong] == ["our", "a"]
+
+
+def test_the_study_runs_every_arm(tmp_path: Path, text: Path) -> None:
+    """Three steps each on the CPU, plain bf16 included."""
+    run.prepare(tmp_path, text, TINY)
+    results = run.study(arms.Study(tmp_path, 3, 1e-3, 64, 2, "cpu"), workers=0)
+    assert [name for name, result in results.items() if "failed" in result] == [], results
+    before = {result["eval_loss_before"] for name, result in results.items() if name != "fp16: true"}
+    assert len(before) == len(arms.MASTERS), "arms start from the first master's weights"
+    assert all(result["eval_loss"] < result["eval_loss_before"] for result in results.values())
+    assert results["plain bf16"]["unmoved_tensors"] != results["fp32 master, seed 1"]["unmoved_tensors"] == "0 of 14"
+    band, _ = run.judge(results)
+    assert len(run.table(results, band).splitlines()) == 2 + len(arms.ARMS)
+
+
+def test_in_float32_our_curve_is_that_of_transformers(tmp_path: Path, text: Path) -> None:
+    """Weights, batches, clipping, decay and schedule are the same, so that only kernels are left to differ."""
+    write_text(tmp_path, text)
+    write_model(tmp_path / "model", TINY, curve.SEED, make_tokenizer(tmp_path / "train.jsonl", TINY.vocab))
+    config = curve.config(tmp_path, 8, bf16=False, device="cpu")
+    ours = curve.ours(config)
+    loader = setup.load_data(config, progress=False).train
+    windows = [batch for step in range(8) for batch in loader.window(step)]
+    for how in (curve.Theirs(torch.float32), curve.Theirs(torch.float32, reverse=True)):
+        assert curve.theirs(config, windows, how) == pytest.approx(ours, rel=2e-6)
+    assert curve.theirs(config, windows, curve.Theirs(torch.float32, rate=curve.OFF)) != pytest.approx(ours, rel=2e-6)
