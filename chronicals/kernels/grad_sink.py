@@ -18,7 +18,7 @@ Nothing may drain, check or count gradients in a parameter hook under `InPlace`:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -35,6 +35,10 @@ class GradSink(Protocol):
     def close(self, parameter: Tensor, buffer: Tensor) -> Tensor | None:
         """The gradient is written; what the autograd function returns for the parameter."""
 
+    def scratch(self, parameter: Tensor) -> Tensor | None:
+        """Memory to work in before `parameter` is closed: float32, of its shape, contents undefined. None: there is
+        none to spare."""
+
 
 class InPlace:
     """Gradients go into `buffers`, and autograd gets None.
@@ -45,19 +49,20 @@ class InPlace:
     Args:
         buffers: parameter -> its buffer, of its shape, float32 or the parameter's dtype; float32 where `accumulate`.
         accumulate: a step has several micro-batches.
+        flat: (N,) what all 16-bit buffers are views of, where they are: lent as scratch.
 
     Raises:
         ValueError: there are several processes (WORLD_SIZE), whose gradients nobody would reduce.
     """
 
-    def __init__(self, buffers: Mapping[Tensor, Tensor], *, accumulate: bool) -> None:
+    def __init__(self, buffers: Mapping[Tensor, Tensor], *, accumulate: bool, flat: Tensor | None = None) -> None:
         world = os.environ.get("WORLD_SIZE", "1")
         if world != "1":
             raise ValueError(f"gradients in place are for one process, WORLD_SIZE is {world}; use the Autograd sink")
         for parameter, buffer in buffers.items():
             assert buffer.shape == parameter.shape, f"a buffer {tuple(buffer.shape)} for {tuple(parameter.shape)}"
             assert buffer.dtype == torch.float32 or not accumulate, f"many micro-batches add up in {buffer.dtype}"
-        self.buffers, self.accumulate = buffers, accumulate
+        self.buffers, self.accumulate, self.flat = buffers, accumulate, flat
         self.written: set[Tensor] = set()  # this micro-batch
         self.reached: set[Tensor] = set()  # ever
 
@@ -73,6 +78,18 @@ class InPlace:
     def close(self, parameter: Tensor, buffer: Tensor) -> None:
         return None
 
+    def scratch(self, parameter: Tensor) -> Tensor | None:
+        """Space of gradients that come later. The head is the first to write, when activations fill the memory."""
+        if self.flat is None or self.accumulate or self.written - {parameter}:
+            return None
+        own = self.buffers[parameter]
+        start = (own.data_ptr() - self.flat.data_ptr()) // self.flat.element_size()
+        room = max(self.flat[:start], self.flat[start + own.numel() :], key=len)
+        needed = parameter.numel() * torch.float32.itemsize // self.flat.element_size()
+        aligned = -(-room.data_ptr() // 256) * 256 - room.data_ptr()
+        room = room[aligned // self.flat.element_size() :][:needed]
+        return room.view(torch.float32).view(parameter.shape) if len(room) == needed else None
+
 
 class Autograd:
     """Gradients are new tensors of the parameter's `grad_dtype`, which autograd adds up and hands to its hooks."""
@@ -85,6 +102,9 @@ class Autograd:
 
     def close(self, parameter: Tensor, buffer: Tensor) -> Tensor:
         return buffer
+
+    def scratch(self, parameter: Tensor) -> None:
+        return None
 
 
 def matmul_into(buffer: Tensor, add: bool, left: Tensor, right: Tensor) -> None:
@@ -127,6 +147,13 @@ class WeightGradients:
         if parameter.requires_grad:
             buffer, add = self.sink.open(parameter)
             vector_into(buffer, add, gradient)
+            self._returned[parameter] = self.sink.close(parameter, buffer)
+
+    def sums(self, parameter: Tensor, reduce: Callable[..., Tensor]) -> None:
+        """Its gradient is what `reduce(dtype, out=)` returns in that dtype, or writes to `out` where that is given."""
+        if parameter.requires_grad:
+            buffer, add = self.sink.open(parameter)
+            buffer.add_(reduce(torch.float32)) if add else reduce(buffer.dtype, out=buffer)
             self._returned[parameter] = self.sink.close(parameter, buffer)
 
     def of(self, parameters: Iterable[Tensor]) -> tuple[Tensor | None, ...]:

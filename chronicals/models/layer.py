@@ -24,6 +24,7 @@ Shapes: T tokens, H hidden, Nq and Nk query and key heads, D head width, F inter
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -95,7 +96,7 @@ class RMSNorm(nn.Module):
             d_normed, x, rstd, self.weight, d_residual=d_residual, out=out, weight_grad=self.weight.requires_grad
         )
         if partial is not None:
-            gradients.vector(self.weight, self.ops.reduce_partials(partial, partial.dtype))
+            gradients.sums(self.weight, functools.partial(self.ops.reduce_partials, partial))
         return dx
 
 

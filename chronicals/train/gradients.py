@@ -7,6 +7,7 @@ weight's dtype.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from chronicals.kernels.grad_sink import InPlace
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views
+
+_ALIGNMENT = 256  # bytes: where each buffer begins, as torch's allocator does it
 
 
 class Gradients:
@@ -32,14 +35,21 @@ class Gradients:
 
     def __init__(self, model: Decoder, parameters: Mapping[str, nn.Parameter], *, accumulate: bool) -> None:
         self.accumulate = accumulate
+        first = next(iter(parameters.values()))
+        assert all(parameter.dtype == first.dtype for parameter in parameters.values()), "weights of one dtype"
+        dtype = torch.float32 if accumulate else first.dtype
+        step = _ALIGNMENT // dtype.itemsize
+        places = [0, *itertools.accumulate(-(-parameter.numel() // step) * step for parameter in parameters.values())]
+        flat = torch.zeros(places[-1], dtype=dtype, device=first.device)
         self.buffers: dict[str, Tensor] = {
-            name: torch.zeros_like(parameter, dtype=torch.float32 if accumulate else parameter.dtype)
-            for name, parameter in parameters.items()
+            name: flat[start : start + parameter.numel()].view(parameter.shape)
+            for (name, parameter), start in zip(parameters.items(), places, strict=False)
         }
         self.views = dict(hf_views(model, self.buffers))
         self._parameters = dict(parameters)
-        sink = InPlace({p: self.buffers[name] for name, p in parameters.items()}, accumulate=accumulate)
-        self._sink = model.sink = sink
+        buffers: dict[Tensor, Tensor] = {parameter: self.buffers[name] for name, parameter in parameters.items()}
+        lent = flat if dtype.itemsize == 2 else None
+        self._sink = model.sink = InPlace(buffers, accumulate=accumulate, flat=lent)
 
     def missing(self) -> list[str]:
         """Our names of the parameters that no backward pass has written yet."""

@@ -90,3 +90,21 @@ def test_many_micro_batches_need_float32() -> None:
     weight, _ = parameters(torch.bfloat16)
     with pytest.raises(AssertionError, match=r"add up in torch\.bfloat16"):
         InPlace({weight: torch.zeros_like(weight)}, accumulate=True)
+
+
+def test_scratch_is_room_of_gradients_that_come_later() -> None:
+    head, other = (nn.Parameter(torch.zeros(n, 8, dtype=torch.bfloat16)) for n in (4, 30))
+    flat = torch.zeros(8 * 34 + 128, dtype=torch.bfloat16)
+    buffers = {head: flat[:32].view(4, 8), other: flat[32:272].view(30, 8)}
+    sink = InPlace(buffers, accumulate=False, flat=flat)
+    sink.open(head)
+    scratch = sink.scratch(head)
+    assert scratch is not None and (scratch.shape, scratch.dtype) == (head.shape, torch.float32)
+    scratch.fill_(1.0)
+    assert flat[:32].abs().sum() == 0, "its own gradient is no scratch"
+    assert flat[32:].abs().sum() > 0
+    sink.start()
+    sink.open(other)
+    assert sink.scratch(head) is None, "something is written there"
+    assert sink.scratch(other) is None, "too small"
+    assert InPlace(buffers, accumulate=False).scratch(head) is None
