@@ -1,7 +1,9 @@
 """RMSNorm against a copy: plain, with the residual add, rebuilt in the backward pass, and per head in a packed buffer.
 
 Eager is the plain op, which casts as transformers' LlamaRMSNorm does. Bytes count each tensor once: the partial sums of
-the weight's gradient are ours to hide.
+the weight's gradient are ours to hide. A training step adds up the partial sums of all its norms in one launch: the
+target is for the backward of one norm of eight that share a reduction ("1 of 8"); one with a reduction of its own is
+told beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ EPS = 1e-6
 SHAPES = [(16384, 896), (8192, 4096), (16384, 5120)]
 HEADS = (32, 8, 128)  # query and key heads and their width: Qwen3-8B
 CLAIM = 7.0
+NORMS = 8  # that share a reduction
 
 Tensors = dict[str, Tensor]
 Make = Callable[[], Tensors]
@@ -57,6 +60,26 @@ def ours_backward(t: Tensors) -> Tensors:
     dx, partial = rmsnorm_backward(t["d_normed"], t["x"], t["rstd"], t["weight"], d_residual=t.get("d_total"))
     assert partial is not None
     return {"dx": dx, "d_weight": reduce_partials(partial, torch.bfloat16)}
+
+
+class StepBackward:
+    """The norms of a step: each leaves its partial sums in its place of one buffer, the last adds all of them up."""
+
+    def __init__(self) -> None:
+        self.calls, self.partials = 0, torch.empty(0)
+
+    def __call__(self, t: Tensors) -> Tensors:
+        from chronicals.kernels.fused.rmsnorm import partial_programs, reduce_partials, rmsnorm_backward
+
+        x, turn = t["x"], self.calls % NORMS
+        if not self.calls:
+            programs = partial_programs(*x.shape, x.device)
+            self.partials = torch.empty(NORMS, programs, x.shape[1], device=x.device)
+        self.calls += 1
+        dx, _ = rmsnorm_backward(
+            t["d_normed"], x, t["rstd"], t["weight"], d_residual=t.get("d_total"), partial=self.partials[turn]
+        )
+        return {"dx": dx} | ({"d_weights": reduce_partials(self.partials, torch.float32)} if turn == NORMS - 1 else {})
 
 
 def with_rstd(t: Tensors, *, residual: bool) -> Tensors:
@@ -170,7 +193,21 @@ def backward_case(op: str, shape: str, size: int, make: Make) -> Case:
     peers = {"eager": backward_arm(make, rmsnorm)}
     if installed("liger_kernel"):
         peers["liger"] = backward_arm(make, liger_norm)
-    return Case(op, shape, "backward", size, gate, arm(make, ours_backward), peers, claim=CLAIM)
+    return Case(op, shape, "backward", size, gate, arm(make, ours_backward), peers, claim=CLAIM, target=None)
+
+
+def step_backward_case(op: str, shape: str, size: int, make: Make) -> Case:
+    """A call is one norm's backward and, on average, its share of the reduction."""
+
+    def gate() -> None:
+        norms, step = [make() for _ in range(NORMS)], StepBackward()
+        ours = [step(t) for t in norms]
+        for i, t in enumerate(norms):
+            exact = plain_backward({name: tensor.double() for name, tensor in t.items()}, rmsnorm_reference)()
+            mine = {"dx": ours[i]["dx"], "d_weight": ours[-1]["d_weights"][i]}
+            assert_no_worse(mine, plain_backward(t, rmsnorm)(), exact)
+
+    return Case(op, f"{shape}, 1 of {NORMS}", "backward", size, gate, arm(make, StepBackward()))
 
 
 def cases() -> Iterable[Case]:
@@ -187,10 +224,14 @@ def cases() -> Iterable[Case]:
             return with_rstd(inputs(), residual=True)
 
         yield forward_case("rmsnorm", shape, 2 * unit + rstd + weight, inputs, ours_forward, plain_forward, CLAIM)
-        yield backward_case("rmsnorm", shape, 3 * unit + rstd + 2 * weight, saved)
+        size = 3 * unit + rstd + 2 * weight
+        yield backward_case("rmsnorm", shape, size, saved)
+        yield step_backward_case("rmsnorm", shape, size, saved)
         size = 4 * unit + rstd + weight
         yield forward_case("add_rmsnorm", shape, size, inputs, ours_add_forward, plain_add_forward, CLAIM)
-        yield backward_case("add_rmsnorm", shape, 4 * unit + rstd + 2 * weight, saved_with_residual)
+        size = 4 * unit + rstd + 2 * weight
+        yield backward_case("add_rmsnorm", shape, size, saved_with_residual)
+        yield step_backward_case("add_rmsnorm", shape, size, saved_with_residual)
         yield forward_case("rmsnorm_recompute", shape, 2 * unit + rstd + weight, saved, ours_recompute, plain_forward)
     queries, keys, width = HEADS
     rows = 8192

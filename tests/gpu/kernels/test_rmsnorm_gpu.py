@@ -151,6 +151,23 @@ def test_the_same_bits_each_time(shape: tuple[int, int]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
+@pytest.mark.parametrize("shape", [(1, 896), (760, 1128), (16384, 896), (8192, 4096)], ids=str)
+def test_many_norms_and_one_reduction(shape: tuple[int, int]) -> None:
+    """Parts in a buffer of the caller's, poisoned: the bits of each norm with a reduction of its own."""
+    weight = random(shape[1], dtype=torch.bfloat16)
+    norms = [(random(*shape, dtype=torch.bfloat16), random(*shape, dtype=torch.bfloat16)) for _ in range(3)]
+    programs = fused.partial_programs(*shape, weight.device)
+    partials, sums = torch.empty(3, programs, shape[1], device="cuda"), torch.ones(3, shape[1], device="cuda")
+    for (d_normed, x), place in zip(norms, partials, strict=True):
+        fused.rmsnorm_backward(d_normed, x, fused.rmsnorm_forward(x, weight, EPS)[1], weight, partial=place)
+    together = fused.reduce_partials(partials, torch.float32)
+    fused.reduce_partials(partials, torch.float32, out=sums, add=True)
+    for (d_normed, x), ours, added in zip(norms, together, sums, strict=True):
+        _, partial = fused.rmsnorm_backward(d_normed, x, fused.rmsnorm_forward(x, weight, EPS)[1], weight)
+        assert torch.equal(ours, fused.reduce_partials(partial, torch.float32))
+        assert torch.equal(added, ours + 1)
+
+
 @pytest.mark.parametrize("shape", [(0, 896), (0, 4, 64)], ids=str)
 def test_no_rows(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)

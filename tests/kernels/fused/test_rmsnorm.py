@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from chronicals.kernels.fused import rmsnorm as fused
+from chronicals.kernels.fused import rmsnorm_backward
+from chronicals.kernels.fused.rows import BLOCKS
 from tests.kernels.aot import TARGETS, compile_all
 
 FORWARD = {
@@ -28,7 +30,7 @@ def without(signature: dict[str, str], *pointers: str) -> tuple[dict[str, str], 
     return {name: kind for name, kind in signature.items() if name not in pointers}, dict.fromkeys(pointers)
 
 
-@pytest.mark.parametrize("block", fused.FORWARD)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_forward_compiles(block: int) -> None:
     heads = block <= HEADS_UP_TO
     config = fused.FORWARD[block]
@@ -44,10 +46,10 @@ def test_forward_compiles(block: int) -> None:
     assert "ld.global.v4" in compiled["sm_90"].assembly
 
 
-@pytest.mark.parametrize("block", fused.BACKWARD)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_backward_compiles(block: int) -> None:
     heads = block <= HEADS_UP_TO
-    config = fused.BACKWARD[block]
+    config = rmsnorm_backward.BACKWARD[block]
     signature, absent = without(BACKWARD, *(("D_RESIDUAL",) if heads else ()))
     flags = {
         **absent,
@@ -55,11 +57,12 @@ def test_backward_compiles(block: int) -> None:
         "HEADS": 14 if heads else 1,
         "ROWS": config.rows,
         "BLOCK": block,
+        "KEPT": rmsnorm_backward.kept_rows(config, block),
     }
     for name, (target, shared) in TARGETS.items():
-        stages = fused.stages_for(config, block * (4 if heads else 6), shared)
+        stages = rmsnorm_backward.stages_for(config, block * (4 if heads else 6), shared)
         (compiled,) = compile_all(
-            fused.rmsnorm_backward_kernel,
+            rmsnorm_backward.rmsnorm_backward_kernel,
             signature,
             {**flags, "STAGES": stages},
             num_warps=config.warps,
@@ -69,7 +72,7 @@ def test_backward_compiles(block: int) -> None:
 
 
 def test_the_other_forms_compile() -> None:
-    """Recomputing, in float32 and unaligned; the widest backward in float32; and the sum of the partial gradients."""
+    """Recomputing, in float32 and unaligned, and the widest backward in float32."""
     config = fused.FORWARD[1024]
     signature, absent = without(FORWARD, "DELTA", "SUM")
     compile_all(
@@ -78,19 +81,13 @@ def test_the_other_forms_compile() -> None:
         {**absent, "EPS": 0.0, "OFFSET": 1.0, "HEADS": 1, "KNOWN": True, "ROWS": config.rows, "BLOCK": 1024},
         num_warps=config.warps,
     )
-    wide, tile = fused.BACKWARD[8192], 8192 * 3 * 4
+    wide, tile = rmsnorm_backward.BACKWARD[8192], 8192 * 3 * 4
     for name, (target, shared) in TARGETS.items():
-        flags = {"OFFSET": 0.0, "HEADS": 1, "ROWS": wide.rows, "BLOCK": 8192}
+        flags = {"OFFSET": 0.0, "HEADS": 1, "ROWS": wide.rows, "BLOCK": 8192, "KEPT": 1}
         compile_all(
-            fused.rmsnorm_backward_kernel,
+            rmsnorm_backward.rmsnorm_backward_kernel,
             {argument: kind.replace("*bf16", "*fp32") for argument, kind in BACKWARD.items()},
-            {**flags, "STAGES": fused.stages_for(wide, tile, shared)},
+            {**flags, "STAGES": rmsnorm_backward.stages_for(wide, tile, shared)},
             num_warps=wide.warps,
             targets={name: (target, shared)},
         )
-    compile_all(
-        fused.reduce_partials_kernel,
-        {"PARTIAL": "*fp32", "OUT": "*bf16", "programs": "i32", "hidden": "i32:16"},
-        {"ROWS": fused.REDUCE.rows, "BLOCK": fused.REDUCE_BLOCK},
-        num_warps=fused.REDUCE.warps,
-    )

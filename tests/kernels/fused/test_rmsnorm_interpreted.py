@@ -109,12 +109,22 @@ def test_add_over_its_own_inputs() -> None:
     assert torch.equal(delta, y)
 
 
-def test_partials_of_many_norms_at_once() -> None:
-    partials = torch.randn(3, 700, 33)  # more programs than a tile of the reduction has rows
+@pytest.mark.parametrize("rows", [0, 1, *ROWS])
+def test_partials_of_many_norms_at_once(rows: int) -> None:
+    """Each norm's parts in its place of one buffer, one reduction for all: the bits of each norm alone."""
+    programs = fused.partial_programs(rows, 33, torch.device("cpu"))
+    partials, weight = torch.empty(3, programs, 33), torch.randn(33)
+    norms = [(torch.randn(rows, 33), torch.randn(rows, 33)) for _ in partials]
+    for (d_normed, x), place in zip(norms, partials, strict=True):
+        rstd = fused.rmsnorm_forward(x, weight, EPS)[1]
+        _, partial = fused.rmsnorm_backward(d_normed, x, rstd, weight, partial=place)
+        assert partial is place
     together = fused.reduce_partials(partials, torch.float32)
-    assert relative_error(together, partials.double().sum(1)) < 1e-6
-    for one, alone in zip(together, partials, strict=True):
-        assert torch.equal(one, fused.reduce_partials(alone.contiguous(), torch.float32))
+    for (d_normed, x), ours in zip(norms, together, strict=True):
+        x, alone = x.requires_grad_(), weight.clone().requires_grad_()
+        assert torch.equal(ours, torch.autograd.grad(fused.rmsnorm(x, alone, EPS), alone, d_normed)[0])
+        exact = torch.autograd.grad(rmsnorm_reference(x, alone, EPS), alone, d_normed)[0]
+        assert relative_error(ours, exact) < 2e-6
 
 
 def test_no_weight_gradient_where_none_is_wanted() -> None:

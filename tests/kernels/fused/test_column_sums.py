@@ -1,0 +1,40 @@
+"""The column sums compile for every GPU we promise, with 16-byte loads, within its shared memory, unspilled."""
+
+from __future__ import annotations
+
+import pytest
+
+from chronicals.kernels.fused import column_sums as fused
+from tests.kernels.aot import TARGETS, compile_all
+
+OLDEST = {name: TARGETS[name] for name in ("sm_80", "sm_89", "gfx942")}  # enough for forms that are not the fast ones
+
+
+@pytest.mark.parametrize("kind", ["*bf16", "*fp32:1"])
+def test_partials(kind: str) -> None:
+    fast = kind == "*bf16"
+    size = "i32:16" if fast else "i32"
+    compiled = compile_all(
+        fused.column_partials_kernel,
+        {"X": kind, "PARTIAL": "*fp32", "rows": "i32", "columns": size, "stride": size},
+        {"DEEP": fused.DEEP, "ROWS": fused.ROWS, "COLUMNS": fused.COLUMNS},
+        num_warps=fused.THREADS // 32,
+        targets=TARGETS if fast else OLDEST,
+    )
+    assert not any(one.stack for one in compiled.values())
+    if fast:
+        assembly = compiled["sm_90"].assembly
+        loop = assembly[: assembly.rindex("ld.global")]  # what comes after the last load sums over the threads
+        assert assembly.count("ld.global") == fused.DEEP
+        assert "v4" in loop and "bar.sync" not in loop
+
+
+@pytest.mark.parametrize(("kind", "add"), [("*bf16", False), ("*fp32", True)])
+def test_reduction(kind: str, add: bool) -> None:
+    compiled = compile_all(
+        fused.reduce_partials_kernel,
+        {"PARTIAL": "*fp32", "OUT": kind, "parts": "i32", "columns": "i32:16", "out_stride": "i32:16"},
+        {"ADD": add, "ROWS": fused.REDUCE_ROWS, "COLUMNS": fused.REDUCE_COLUMNS},
+        num_warps=fused.REDUCE_THREADS // 32,
+    )
+    assert not any(one.stack for one in compiled.values())
