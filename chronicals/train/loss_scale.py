@@ -40,8 +40,8 @@ class LossScale:
         """() bool: the scale is above its floor, so an overflow now is no verdict on the run. None: it never is."""
         return None
 
-    def update(self, finite: Tensor) -> None:
-        """Take in whether this step's gradient was finite, () or (1,) bool, and set the next step's scale in place."""
+    def update(self, grad_norm: Tensor) -> None:
+        """Take in the norm of this step's gradient, (), and set the next step's scale in place."""
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors that a checkpoint holds; to load one, copy into them."""
@@ -80,8 +80,8 @@ class DynamicLossScale(LossScale):
         return self.scale.view(()) > LOWEST
 
     @torch.no_grad()
-    def update(self, finite: Tensor) -> None:
-        overflow = (~finite).view(1).float()
+    def update(self, grad_norm: Tensor) -> None:
+        overflow = (~torch.isfinite(grad_norm)).view(1).float()
         self.skipped += overflow.int()
         torch._amp_update_scale_(self.scale, self.good_steps, overflow, 2.0, 0.5, GROWTH_STEPS)
         self.scale.clamp_(LOWEST, HIGHEST)

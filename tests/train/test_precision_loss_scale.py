@@ -11,7 +11,7 @@ from chronicals.train.loss_scale import GROWTH_STEPS, HIGHEST, INITIAL, LOWEST, 
 
 def after(scale: DynamicLossScale, *steps: bool) -> float:
     for finite in steps:
-        scale.update(torch.tensor(finite))
+        scale.update(torch.tensor(1.0 if finite else torch.nan))
     return float(scale.scale)
 
 
@@ -65,7 +65,7 @@ def test_scaling_and_back_rounds_nothing() -> None:
     scale, value = DynamicLossScale("cpu"), torch.rand(1000) * 1e-6
     for _ in range(17):
         assert torch.equal(scale.unscaled(scale.scaled(value)), value)
-        scale.update(torch.tensor(False))
+        scale.update(torch.tensor(torch.inf))
     assert scale.unscaled(torch.tensor(3.0)).shape == ()
 
 
