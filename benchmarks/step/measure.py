@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,14 @@ def measure(
     try:
         return _measure(make, work, folder, expected, started)
     except Exception as error:  # noqa: BLE001  an arm that cannot run is red, and the others still run
-        reason = " ".join(str(error).split())[:600]
-        return {"error": reason if isinstance(error, AssertionError) else f"{type(error).__name__}: {reason}"}
+        return red(error)
+
+
+def red(error: Exception) -> Row:
+    """The row of an arm that failed; its traceback goes to the process's log."""
+    traceback.print_exception(error)
+    reason = " ".join(str(error).split())[:600]
+    return {"error": reason if isinstance(error, AssertionError) else f"{type(error).__name__}: {reason}"}
 
 
 def _measure(

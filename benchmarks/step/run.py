@@ -44,6 +44,7 @@ PACKAGES = (
     *("trl", "xformers", "bitsandbytes"),
 )
 LIMIT = 300  # seconds an arm may take in all
+LOG_LINES = 25  # of a red arm's log, on stderr
 MEASURED = (  # the default; `--arm` chooses others
     *("ours", "ours_varlen", "ours_least", "unsloth", "unsloth_graphs", "liger", "compile", "compile_graphs", "eager"),
     *("ours_fp32", "unsloth_fp32", "liger_fp32", "compile_fp32", "eager_fp32"),
@@ -119,6 +120,12 @@ class Runner:
             return {"error": ended}
         return json.loads(part.read_text(encoding="utf-8"))
 
+    def log(self, name: str) -> str:
+        """The end of what a child said."""
+        file = self.folder / f"{name}.log"
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+        return "\n".join(f"    | {line[:200]}" for line in lines[-LOG_LINES:])
+
     def save(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
@@ -141,6 +148,8 @@ class Runner:
                 row["first_step_seconds_warm"] = again.get("first_step_seconds", again.get("error"))
             section["arms"][name] = row
             print(told(name, row, section), flush=True)
+            if "error" in row:
+                print(self.log(f"{work.name}_{name}"), file=sys.stderr, flush=True)
             self.save()
         for line in verdicts(work.name, section):
             print(line, flush=True)

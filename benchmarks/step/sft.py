@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.step.measure import Memory, check_moved
+from benchmarks.step.measure import Memory, check_moved, red
 from benchmarks.step.works import QWEN_05B, Work
 
 LENGTH, DOCUMENTS, SLOTS = 2048, 16, 2
@@ -102,8 +102,7 @@ def measure_sft(spec: SftSpec, folder: Path, data: Path, started: float) -> dict
 
         return train(spec, folder, file, started)
     except Exception as error:  # noqa: BLE001  an arm that cannot run is red, and the others still run
-        reason = " ".join(str(error).split())[:600]
-        return {"error": reason if isinstance(error, AssertionError) else f"{type(error).__name__}: {reason}"}
+        return red(error)
 
 
 class FirstRow(threading.Thread):

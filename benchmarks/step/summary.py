@@ -112,4 +112,8 @@ def verdicts(work: str, section: Mapping[str, Any]) -> list[str]:
         if name in rows and rows[name]["memory_gib"]:
             used = rows[name]["memory_gib"]["allocated"]
             lines.append(f"{'met ' if used <= most else 'MISS'} {name} {used:.1f} GiB, target {most:g}")
+    for name, peer in (("ours", "unsloth_packed"), ("ours_masked", "unsloth_packed_masked")):
+        if name in rows and peer in rows:
+            used, most = (rows[each]["memory_gib"]["allocated"] for each in (name, peer))
+            lines.append(f"{'met ' if used <= most else 'MISS'} {name} {used:.1f} GiB, {peer} {most:.1f}")
     return lines
