@@ -99,7 +99,7 @@ def test_an_alias_is_the_name_it_stands_for(load, alias: str, name: str) -> None
         ("optim: adamw_torch_fused", "optimizer", "adamw"),
         ("lr_scheduler_type: constant_with_warmup", "lr_scheduler", "constant"),
         ("gradient_checkpointing: true", "recompute", "full"),
-        ("gradient_checkpointing: false", "recompute", "none"),
+        ("gradient_checkpointing: false", "recompute", "light"),
         ("gradient_checkpointing: offload", "recompute", "full"),
         ("resume_from_checkpoint: true", "resume_from_checkpoint", "auto"),
         ("resume_from_checkpoint: false", "resume_from_checkpoint", None),
