@@ -27,6 +27,8 @@ from benchmarks.step.arm import Arm, synchronize
 from benchmarks.step.works import Work
 
 GIB = 2**30
+Row = dict[str, Any]
+
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-3, 5e-2  # relative, bf16 against float32
 
 
