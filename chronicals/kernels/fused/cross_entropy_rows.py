@@ -1,15 +1,15 @@
-"""The row kernels of linear cross-entropy: logits that cuBLAS made, in; losses and dlogits, over the logits, out.
+"""The row kernel of linear cross-entropy: logits that cuBLAS made, in; losses and dlogits, over the logits, out.
 
 For one row with raw logits x, z = softcap(logit_scale * x), target t, smoothing e, z-loss weight g over V columns:
 
     lse = log sum_j exp z_j                         loss = lse - (1 - e) z_t - e mean_j(z_j) + g lse^2
     dlogits_j = scale * ((1 + 2 g lse) exp(z_j - lse) - (1 - e) [j = t] - e / V) * dz_j/dx_j
 
-(docs/math/linear-cross-entropy.md). `cross_entropy_kernel` does both for rows that are whole: the maximum and the sum
+(docs/math/linear-cross-entropy.md). One launch does both for rows that are whole: the maximum and the sum
 come out of one sweep (online softmax, Milakov & Gimelshein 2018), a second sweep overwrites the logits. The floor is
 one read and one write of the logits; the second sweep reads again, from L2 where the rows in flight fit there (one
-program a multiprocessor, 300 KB a row of 152k bf16 columns: about 40 MB). `losses_kernel` and `dlogits_kernel` are the
-two sweeps alone, for logits that exist a block of columns at a time.
+program a multiprocessor, 300 KB a row of 152k bf16 columns: about 40 MB). Where logits exist a block of columns at a
+time, each sweep is a launch of its own.
 
 Each lane of a program keeps a maximum and a sum of its own over vectors of `VEC` columns; they meet once, at the end
 of the row. So the sweep has no barrier in it, and a maximum is paid once a vector. Exponentials are powers of two, in
@@ -248,12 +248,18 @@ def _loss(
 
 @triton.jit
 def cross_entropy_kernel(
-    LOGITS: tl.tensor,  # (C, V), overwritten by dlogits
-    TARGETS: tl.tensor,  # (C,) int64
-    SCALE: tl.tensor,  # (1,) float32
-    LOSS: tl.tensor,  # (C,) float32
+    LOGITS: tl.tensor,  # (R, width): columns start to start + width of V; overwritten by dlogits where there is SCALE
+    TARGETS: tl.tensor,  # (R,) int64
+    LOSS: tl.tensor,  # (R,) float32; before the last block, what of it is linear in z. None: LSE is known
+    PEAK: tl.tensor,  # (R,) float32, the maximum so far; None: rows are whole
+    TOTAL: tl.tensor,  # (R,) float32, the sum so far; None: rows are whole
+    LSE: tl.tensor,  # (R,) float32, in natural units: written by the last block, or known; None: rows are whole
+    SCALE: tl.tensor,  # (R,) or (1,) float32; None: no dlogits
     row_stride: tl.tensor,
+    start: tl.tensor,
+    width: tl.tensor,
     vocab: tl.tensor,
+    SCALE_STRIDE: tl.constexpr,  # 0: one scale for all rows
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     SMOOTHING: tl.constexpr,
@@ -265,107 +271,87 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     ROW = LOGITS + row * row_stride
     target = tl.load(TARGETS + row)
-    held = _hold(ROW, HELD, LANES, VEC)
-    # before the reductions' barriers, and so before any thread overwrites it
-    x_target = tl.load(ROW + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
-    peak, total, z_sum = _online_softmax(ROW, held, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, HELD, LANES, VEC)
-    lse2 = peak + tl.log2(total)
-    linear = (1.0 - SMOOTHING) * _scaled(x_target, SOFTCAP, LOGIT_SCALE)
-    if SMOOTHING != 0.0:
-        linear += z_sum * (SMOOTHING / vocab)
-    tl.store(LOSS + row, _loss(target, vocab, lse2, linear, Z_LOSS))
-    scale = tl.where(target == IGNORE, 0.0, tl.load(SCALE) * LOGIT_SCALE)
-    _write_dlogits(
-        ROW, held, vocab, target, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, HELD, LANES, VEC
-    )
-
-
-@triton.jit
-def losses_kernel(
-    LOGITS: tl.tensor,  # (R, width): columns start to start + width of V
-    TARGETS: tl.tensor,  # (R,) int64
-    PEAK: tl.tensor,  # (R,) float32, the maximum so far
-    TOTAL: tl.tensor,  # (R,) float32, the sum so far
-    LSE: tl.tensor,  # (R,) float32, written by the last block
-    LOSS: tl.tensor,  # (R,) float32: what of the loss is linear in z, so far; the loss itself after the last block
-    row_stride: tl.tensor,
-    start: tl.tensor,
-    width: tl.tensor,
-    vocab: tl.tensor,
-    SOFTCAP: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    ROW = LOGITS + row * row_stride
-    target = tl.load(TARGETS + row)
+    if LOSS is not None and PEAK is None:  # rows are whole: fewer registers
+        start, vocab = 0, width
     column = target - start
-    here = (column >= 0) & (column < width)
-    x_target = tl.load(ROW + column, mask=here, other=0.0).to(tl.float32)
-    peak, total, z_sum = _online_softmax(ROW, (), width, SOFTCAP, LOGIT_SCALE, SMOOTHING, 0, LANES, VEC)
-    before = tl.load(PEAK + row, mask=start > 0, other=LOWEST)
-    highest = tl.maximum(peak, before)
-    total = total * tl.exp2(peak - highest)
-    total += tl.load(TOTAL + row, mask=start > 0, other=0.0) * tl.exp2(before - highest)
-    linear = tl.where(here, (1.0 - SMOOTHING) * _scaled(x_target, SOFTCAP, LOGIT_SCALE), 0.0)
-    if SMOOTHING != 0.0:
-        linear += z_sum * (SMOOTHING / vocab)
-    linear += tl.load(LOSS + row, mask=start > 0, other=0.0)
-    if start + width == vocab:
-        lse2 = highest + tl.log2(total)
-        tl.store(LSE + row, lse2 * LN2)
-        tl.store(LOSS + row, _loss(target, vocab, lse2, linear, Z_LOSS))
+    held = _hold(ROW, HELD, LANES, VEC)
+    if LOSS is None:
+        lse2 = tl.load(LSE + row) * LOG2E
     else:
-        tl.store(PEAK + row, highest)
-        tl.store(TOTAL + row, total)
-        tl.store(LOSS + row, linear)
+        here = (column >= 0) & (column < width)
+        # before the reductions' barriers, and so before any thread overwrites it
+        x_target = tl.load(ROW + column, mask=here, other=0.0).to(tl.float32)
+        peak, total, z_sum = _online_softmax(ROW, held, width, SOFTCAP, LOGIT_SCALE, SMOOTHING, HELD, LANES, VEC)
+        linear = tl.where(here, (1.0 - SMOOTHING) * _scaled(x_target, SOFTCAP, LOGIT_SCALE), 0.0)
+        if SMOOTHING != 0.0:
+            linear += z_sum * (SMOOTHING / vocab)
+        if PEAK is None:
+            lse2 = peak + tl.log2(total)
+            tl.store(LOSS + row, _loss(target, vocab, lse2, linear, Z_LOSS))
+        else:
+            before = tl.load(PEAK + row, mask=start > 0, other=LOWEST)
+            highest = tl.maximum(peak, before)
+            total = total * tl.exp2(peak - highest)
+            total += tl.load(TOTAL + row, mask=start > 0, other=0.0) * tl.exp2(before - highest)
+            peak = highest
+            linear += tl.load(LOSS + row, mask=start > 0, other=0.0)
+            last = start + width == vocab
+            lse2 = peak + tl.log2(total)
+            tl.store(LOSS + row, tl.where(last, _loss(target, vocab, lse2, linear, Z_LOSS), linear))
+            tl.store(PEAK + row, peak)
+            tl.store(TOTAL + row, total)
+            tl.store(LSE + row, lse2 * LN2, mask=last)
+    if SCALE is not None:
+        scale = tl.where(target == IGNORE, 0.0, tl.load(SCALE + row * SCALE_STRIDE) * LOGIT_SCALE)
+        _write_dlogits(
+            ROW, held, width, column, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, HELD, LANES, VEC
+        )
 
 
-@triton.jit
-def dlogits_kernel(
-    LOGITS: tl.tensor,  # (R, width), overwritten: columns start to start + width of V
-    TARGETS: tl.tensor,  # (R,) int64
-    SCALE: tl.tensor,  # (R,) or (1,) float32
-    LSE: tl.tensor,  # (R,) float32
-    row_stride: tl.tensor,
-    start: tl.tensor,
-    width: tl.tensor,
-    vocab: tl.tensor,
-    SCALE_STRIDE: tl.constexpr,  # 0: one scale for all rows
-    SOFTCAP: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
+class Softmax(NamedTuple):
+    """What is known of each row after some blocks of columns; float32, (R,) each. Any contents before the first."""
+
+    losses: Tensor  # after the last block
+    peak: Tensor
+    total: Tensor
+    lse: Tensor  # natural logarithm; after the last block
+
+    @staticmethod
+    def empty(rows: int, device: torch.device) -> Softmax:
+        return Softmax(*torch.empty(4, rows, dtype=torch.float32, device=device))
+
+
+def _launch(
+    logits: Tensor,
+    targets: Tensor,
+    state: tuple[Tensor | None, ...],
+    scale: Tensor | None,
+    start: int,
+    vocab: int,
+    options: HeadOptions,
+    config: RowConfig | None = None,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(TARGETS + row)
-    lse2 = tl.load(LSE + row) * LOG2E
-    scale = tl.where(target == IGNORE, 0.0, tl.load(SCALE + row * SCALE_STRIDE) * LOGIT_SCALE)
-    _write_dlogits(
-        LOGITS + row * row_stride,
-        (),
-        width,
-        target - start,
-        lse2,
+    """`state`: losses, peak, total and lse, or None for what is not kept."""
+    rows, width = logits.shape
+    config = config or config_for(width)
+    assert logits.stride(1) == 1 or width == 1, "rows whole"
+    assert not config.held or (logits.element_size() == 2 and logits.stride(0) % 2 == 0), "logits are held in pairs"
+    cross_entropy_kernel[(rows,)](
+        logits,
+        targets,
+        *state,
         scale,
+        logits.stride(0),
+        start,
+        width,
         vocab,
-        SOFTCAP,
-        LOGIT_SCALE,
-        SMOOTHING,
-        Z_LOSS,
-        0,
-        LANES,
-        VEC,
+        SCALE_STRIDE=int(scale is not None and scale.numel() > 1),
+        **options.constexprs(),
+        HELD=config.held,
+        LANES=config.lanes,
+        VEC=config.vec,
+        num_warps=warps(config),
     )
-
-
-def _walk(config: RowConfig) -> dict[str, int]:
-    return {"LANES": config.lanes, "VEC": config.vec, "num_warps": warps(config)}
 
 
 def cross_entropy_rows_(
@@ -384,34 +370,7 @@ def cross_entropy_rows_(
         scale: (1,) float32, multiplies the gradients but not the losses.
         losses: (C,) float32 contiguous. Overwritten.
     """
-    assert logits.stride(1) == 1 or logits.shape[1] == 1, "rows whole"
-    rows, vocab = logits.shape
-    config = config or config_for(vocab)
-    assert not config.held or (logits.element_size() == 2 and logits.stride(0) % 2 == 0), "logits are held in pairs"
-    cross_entropy_kernel[(rows,)](
-        logits,
-        targets,
-        scale,
-        losses,
-        logits.stride(0),
-        vocab,
-        **options.constexprs(),
-        HELD=config.held,
-        **_walk(config),
-    )
-
-
-class Softmax(NamedTuple):
-    """What is known of each row after some blocks of columns; float32, (R,) each. Any contents before the first."""
-
-    peak: Tensor
-    total: Tensor
-    lse: Tensor  # natural logarithm; after the last block
-    losses: Tensor  # after the last block
-
-    @staticmethod
-    def empty(rows: int, device: torch.device) -> Softmax:
-        return Softmax(*torch.empty(4, rows, dtype=torch.float32, device=device))
+    _launch(logits, targets, (losses, None, None, None), scale, 0, logits.shape[1], options, config)
 
 
 def losses_of_block(
@@ -421,18 +380,7 @@ def losses_of_block(
 
     `state.lse` and `state.losses` are there once the block that ends at `vocab` is in.
     """
-    rows, width = logits.shape
-    losses_kernel[(rows,)](
-        logits,
-        targets,
-        *state,
-        logits.stride(0),
-        start,
-        width,
-        vocab,
-        **options.constexprs(),
-        **_walk(config_for(width)),
-    )
+    _launch(logits, targets, state, None, start, vocab, options)
 
 
 def dlogits_of_block_(
@@ -444,17 +392,4 @@ def dlogits_of_block_(
         scale: (R,) or (1,) float32, contiguous.
         lse: (R,) float32, of the whole rows.
     """
-    rows, width = logits.shape
-    dlogits_kernel[(rows,)](
-        logits,
-        targets,
-        scale,
-        lse,
-        logits.stride(0),
-        start,
-        width,
-        vocab,
-        SCALE_STRIDE=int(scale.numel() > 1),
-        **options.constexprs(),
-        **_walk(config_for(width)),
-    )
+    _launch(logits, targets, (None, None, None, lse), scale, start, vocab, options)
