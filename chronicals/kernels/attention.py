@@ -110,6 +110,11 @@ def _document_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: f
     banded = window is not None and len(q) > window
     mask = _visible(len(q), window, q.device) if banded else None
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and q.dtype in HALF:
+        # GPUs older than flash attention's have torch's memory-efficient kernel, which takes no grouped heads: without
+        # copies the scores would be written out
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     # heads before tokens, with a batch of one: (1, N, L, D)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not banded, scale=scale, enable_gqa=grouped)
@@ -193,7 +198,8 @@ class _Attention(torch.autograd.Function):
 
 
 class PerDocument(AttentionBackend):
-    """torch's `scaled_dot_product_attention`, document by document: any device, any dtype, soft caps written out.
+    """torch's `scaled_dot_product_attention`, document by document: any device, any dtype, soft caps written out. It is
+    what GPUs below compute capability 8.0 (T4, V100) have, in float16.
 
     It reads the boundaries on the host, so no graph can hold it.
     """
@@ -210,8 +216,11 @@ class PerDocument(AttentionBackend):
             return _cpu_forward(q, k, v, cu_seqlens, options.get("window"), options.get("scale"))
         with torch.no_grad():
             out = _per_document(q, k, v, cu_seqlens, **options)
+            wide = torch.promote_types(
+                q.dtype, torch.float32
+            )  # scores may leave float16's range before they are scaled
             lse = [
-                _document_scores(query, key, **options).to(torch.promote_types(q.dtype, torch.float32)).logsumexp(-1)
+                _document_scores(query.to(wide), key.to(wide), **options).logsumexp(-1)
                 for query, key in _documents(cu_seqlens, q, k)
             ]
         return out.contiguous(), torch.cat(lse, dim=1)
