@@ -92,6 +92,7 @@ class Ours(Arm):
             "attention": type(ops.attention).__name__,
             "recompute": self.recompute,
             "step": kind.__name__,
+            "precision": spec.precision,
         }
         self.batches = [packed(work, ids) for ids in batches(work)]
         self.steps = 0

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.step.arm import ARMS, Spec, build
+from benchmarks.step.profile import told as profiled
+from benchmarks.step.profile import told_layer as profiled_layer
 from benchmarks.step.sft import GSM8K, SFT_ARMS, SFT_MEASURED, measure_sft, read
 from benchmarks.step.summary import told, verdicts
 from benchmarks.step.works import WORKS, Work
@@ -148,6 +150,8 @@ class Runner:
                 row["first_step_seconds_warm"] = again.get("first_step_seconds", again.get("error"))
             section["arms"][name] = row
             print(told(name, row, section), flush=True)
+            for line in [*profiled(row.get("profile")), *profiled_layer(row.get("layer"))]:
+                print(f"    {line}", flush=True)
             if "error" in row:
                 print(self.log(f"{work.name}_{name}"), file=sys.stderr, flush=True)
             self.save()
@@ -196,9 +200,13 @@ def _measured(spec: Spec, work: Work, options: argparse.Namespace) -> dict[str, 
 
     row = measure(make, work, options.folder, json.loads(options.expected), options.started)
     if options.profile and "error" not in row and spec.family == "ours":
+        from benchmarks.step.layer import table
         from benchmarks.step.profile import profile_step
 
-        row["profile"] = profile_step(made[0], work, json.loads(options.ceilings), row["seconds"]["median"])
+        limits = json.loads(options.ceilings)
+        row["profile"] = profile_step(made[0], work, limits, row["seconds"]["median"])
+        if made[0].recompute == "light":
+            row["layer"] = table(made[0], work, options.folder, limits)
     return row
 
 

@@ -1,0 +1,113 @@
+"""The step's profile: kernels by what they are for, gaps, floors; and a layer's kernels against the bytes they owe."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.step.layer import launches
+from benchmarks.step.profile import Kernel, floors, idle, kind, layer_ops, layer_rows, summed, told, told_layer
+from benchmarks.step.works import QWEN_05B, WORKS
+
+CEILINGS = {"matmul_flops_per_second": 700e12, "copy_bytes_per_second": 4e12}
+GEMM = "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NTN"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (GEMM, "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "matmul"),
+        ("void cublasLt::splitKreduce_kernel<32, 16>", "matmul"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16>", "matmul"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90_object_at", "attention"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
+        ("cross_entropy_kernel", "head"),
+        ("adamw_kernel", "optimizer"),
+        ("tensor_norms_kernel", "optimizer"),
+        ("rmsnorm_backward_kernel", "norms"),
+        ("glu_backward_kernel", "elementwise"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "other"),
+        ("Memcpy DtoD (Device -> Device)", "other"),
+        ("Memset (Device)", "other"),
+    ],
+)
+def test_a_kernel_is_told_by_its_name(name: str, expected: str) -> None:
+    assert kind(name) == expected
+
+
+def in_a_row(*names: str, gap: float = 0.0) -> list[Kernel]:
+    return [Kernel(name, i * (1.0 + gap), 1.0) for i, name in enumerate(names)]
+
+
+def test_the_heads_matmuls_are_the_heads() -> None:
+    around = [GEMM, "cross_entropy_kernel", GEMM, GEMM] * 2
+    found = summed(in_a_row(GEMM, GEMM, *around, GEMM, "adamw_kernel"), 1, {"matmul": 1.5})
+    assert {name: row["seconds"] for name, row in found["kinds"].items()} == {"matmul": 3, "head": 8, "optimizer": 1}
+    assert found["kinds"]["matmul"]["floor_seconds"] == 1.5
+    assert found["gaps_seconds"] == 0
+
+
+def test_gaps_are_where_nothing_ran() -> None:
+    side_by_side = [Kernel("a", 0.0, 2.0), Kernel("b", 1.0, 0.5), Kernel("c", 3.0, 1.0)]
+    assert idle(side_by_side) == 1.0
+    found = summed(in_a_row("adamw_kernel", GEMM, gap=1.0), 1, {})
+    assert found["gaps_seconds"] == 1.0
+    assert found["gaps_share"] == pytest.approx(1 / 3)
+    assert "33.3%" in told(found | {"step_seconds": 3.0})[-2]
+
+
+def test_floors_follow_the_shapes() -> None:
+    work = WORKS["full05"]
+    seconds = floors(work, CEILINGS, master=False)
+    assert seconds["matmul"] == pytest.approx(6 * 16384 * 24 * 14909440 / 700e12)
+    assert seconds["optimizer"] == pytest.approx(16 * 494_032_768 / 4e12)
+    assert floors(work, CEILINGS, master=True)["optimizer"] == pytest.approx(30 * 494_032_768 / 4e12)
+    assert seconds["elementwise"] > 24 * 8 * 2 * 16384 * 4864 / 4e12
+
+
+FORWARD = [
+    *("rmsnorm_forward_kernel", GEMM, "rope_kernel", "kernel_cutlass_flash_fwd", GEMM),
+    *("rmsnorm_forward_kernel", GEMM, "glu_forward_kernel", GEMM),
+]
+BACKWARD = [
+    *("rmsnorm_recompute_kernel", GEMM, "glu_backward_kernel", GEMM, GEMM, GEMM),
+    *("rmsnorm_backward_kernel", "reduce_partials_kernel", GEMM, GEMM),
+    *("kernel_cutlass_flash_bwd_preprocess", "kernel_cutlass_flash_bwd", "kernel_cutlass_flash_bwd_postprocess"),
+    *("rope_kernel", "rmsnorm_recompute_kernel", GEMM, "splitKreduce_kernel", "column_sums_kernel", GEMM),
+    *("rmsnorm_backward_kernel", "reduce_partials_kernel"),
+]
+
+
+def test_a_layers_kernels_find_their_ops_and_strays_are_told() -> None:
+    copy = "void at::native::vectorized_elementwise_kernel<4>"
+    kernels = in_a_row(*FORWARD, copy, *BACKWARD)
+    counted = [Kernel(k.name, k.start, k.seconds, 1000) for k in kernels]
+    found = layer_rows(layer_ops(QWEN_05B, 16384, 2048), kernels, counted, CEILINGS)
+    assert [stray["kernel"] for stray in found["strays"]] == [copy]
+    counts = [len(row["kernels"]) for row in found["ops"]]
+    assert counts == [3 if row["op"] == "d attention" else 1 + (row["op"] == "d qkv weight") for row in found["ops"]]
+    rows = {row["op"]: row for row in found["ops"]}
+    assert rows["d attention"]["seconds"] == 3.0 and rows["d attention"]["moved"] == 3000
+    assert rows["d glu, product again"]["bytes"] == 6 * 2 * 16384 * 4864
+    assert rows["add, norm"]["bytes"] == 4 * 2 * 16384 * 896 + 4 * 16384
+    assert rows["glu"]["floor_seconds"] == pytest.approx(3 * 2 * 16384 * 4864 / 4e12)
+    lines = told_layer(found)
+    assert lines[-1] == f"stray: {copy} 1000000.0 us"
+
+
+def test_a_kernel_that_was_not_seen_is_told() -> None:
+    found = layer_rows(layer_ops(QWEN_05B, 16384, 2048), in_a_row(*FORWARD), None, CEILINGS)
+    assert [line for line in told_layer(found) if "d norm weight" in line and "no kernel seen" in line]
+    assert {row["moved"] for row in found["ops"]} == {None}
+
+
+def test_ncus_table_is_read() -> None:
+    text = (
+        "==PROF== Connected to process 7\n"
+        '"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum","gpu__time_duration.sum"\n'
+        '"","","byte","byte","ns"\n'
+        '"0","glu_forward_kernel","318,767,104","159,383,552","119,000"\n'
+    )
+    found = launches(text)
+    assert found == [Kernel("glu_forward_kernel", 0.0, 119e-6, 478150656)]
+    assert launches("==ERROR== no permission to read the counters\n") is None
