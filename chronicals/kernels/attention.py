@@ -216,9 +216,8 @@ class PerDocument(AttentionBackend):
             return _cpu_forward(q, k, v, cu_seqlens, options.get("window"), options.get("scale"))
         with torch.no_grad():
             out = _per_document(q, k, v, cu_seqlens, **options)
-            wide = torch.promote_types(
-                q.dtype, torch.float32
-            )  # scores may leave float16's range before they are scaled
+            # float32, as q . k may leave float16's range before it is scaled
+            wide = torch.promote_types(q.dtype, torch.float32)
             lse = [
                 _document_scores(query.to(wide), key.to(wide), **options).logsumexp(-1)
                 for query, key in _documents(cu_seqlens, q, k)
