@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.kernels.harness import Arm, Call, Case, assert_no_worse, installed, relative_error
-from chronicals.kernels.fused.cross_entropy_rows import HeadOptions, RowConfig, config_for, cross_entropy_rows_
+from chronicals.kernels.fused.cross_entropy_rows import RowConfig, config_for, cross_entropy_rows_
 from chronicals.kernels.fused.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy
 from chronicals.kernels.grad_sink import InPlace
-from chronicals.kernels.linear_cross_entropy import linear_cross_entropy_reference
+from chronicals.kernels.linear_cross_entropy import HeadOptions, linear_cross_entropy_reference
 
 OP = "linear_cross_entropy"
 QWEN, LLAMA = (16384, 896, 151936), (8192, 4096, 128256)

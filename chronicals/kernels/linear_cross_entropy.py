@@ -19,6 +19,7 @@ Left out: class weights, a bias. The math in full: docs/math/linear-cross-entrop
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,34 @@ CHUNK_ROWS = 4096
 FRUGAL_BYTES = 90_000_000  # of a chunk's logits in mode "frugal"
 MODES = ("auto", "fast", "frugal")
 REDUCTIONS = ("sum", "none")
+
+
+class HeadOptions(NamedTuple):
+    """What is done to the logits and added to the loss; one set for a model."""
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+class Call(NamedTuple):
+    """One call of the op, its arguments checked."""
+
+    hidden: Tensor
+    weight: Tensor
+    target_rows: Tensor
+    targets: Tensor
+    grad_scale: Tensor
+    options: HeadOptions
+    reduction: str
+    mode: str
+    chunk_rows: int | None
+    sink: GradSink | None
+
+    @property
+    def wants_gradients(self) -> bool:
+        return torch.is_grad_enabled() and (self.hidden.requires_grad or self.weight.requires_grad)
 
 
 def linear_cross_entropy_reference(
@@ -58,15 +87,7 @@ def linear_cross_entropy_reference(
     return losses.sum() if reduction == "sum" else losses.new_zeros(len(targets)).masked_scatter(supervised, losses)
 
 
-class _Options(NamedTuple):
-    softcap: float | None
-    logit_scale: float
-    label_smoothing: float
-    z_loss: float
-    chunk_rows: int
-
-
-def _chunk_losses_(logits: Tensor, targets: Tensor, scale: Tensor | None, options: _Options) -> Tensor:
+def _chunk_losses_(logits: Tensor, targets: Tensor, scale: Tensor | None, options: HeadOptions) -> Tensor:
     """The losses (C,) of one chunk, unscaled. `logits` (C, V) are overwritten: by dlogits times `scale` (C,) or (1,)
     where there is one."""
     supervised = targets != IGNORE_INDEX
@@ -101,7 +122,8 @@ def _walk(
     targets: Tensor,
     scale: Tensor | None,
     needs: tuple[bool, ...],
-    options: _Options,
+    options: HeadOptions,
+    chunk_rows: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Over the chunks: unscaled losses (R,), and the gradients that `needs` asks for, times `scale` (R,) or (1,)."""
     tokens, wide = len(hidden), torch.promote_types(hidden.dtype, torch.float32)
@@ -109,8 +131,8 @@ def _walk(
     dhidden = hidden.new_zeros(tokens + 1, hidden.shape[1]) if scale is not None and needs[0] else None
     dweight = torch.zeros_like(weight, dtype=wide) if scale is not None and needs[1] else None
     losses = torch.zeros(len(targets), dtype=wide, device=hidden.device)
-    for start in range(0, len(targets), options.chunk_rows):
-        part = slice(start, start + options.chunk_rows)
+    for start in range(0, len(targets), chunk_rows):
+        part = slice(start, start + chunk_rows)
         rows, chunk = target_rows[part], targets[part]
         supervised = (chunk != IGNORE_INDEX).unsqueeze(1)
         # zeroed, not just masked later: the row that a padding entry reads may hold anything, NaN included
@@ -152,11 +174,12 @@ class _Sum(torch.autograd.Function):
         target_rows: Tensor,
         targets: Tensor,
         grad_scale: Tensor,
-        options: _Options,
+        options: HeadOptions,
+        chunk_rows: int,
         sink: GradSink | None,
     ) -> Tensor:
         losses, dhidden, dweight = _walk(
-            hidden, weight, target_rows, targets, grad_scale, ctx.needs_input_grad, options
+            hidden, weight, target_rows, targets, grad_scale, ctx.needs_input_grad, options, chunk_rows
         )
         ctx.gradients = dhidden, *_hand_over(dweight, weight, sink)
         return (losses * grad_scale).sum()
@@ -171,7 +194,7 @@ class _Sum(torch.autograd.Function):
                 buffer.mul_(torch.where(grad == 1, grad, math.nan))
             dhidden = None if dhidden is None else dhidden * grad.to(dhidden.dtype)
             dweight = None if dweight is None else dweight * grad.to(dweight.dtype)
-        return dhidden, dweight, *(None,) * 5
+        return dhidden, dweight, *(None,) * 6
 
 
 class _Rows(torch.autograd.Function):
@@ -183,35 +206,42 @@ class _Rows(torch.autograd.Function):
         target_rows: Tensor,
         targets: Tensor,
         grad_scale: Tensor,
-        options: _Options,
+        options: HeadOptions,
+        chunk_rows: int,
         sink: GradSink | None,
     ) -> Tensor:
-        losses, _, _ = _walk(hidden, weight, target_rows, targets, None, (False, False), options)
+        losses, _, _ = _walk(hidden, weight, target_rows, targets, None, (False, False), options, chunk_rows)
         ctx.save_for_backward(hidden, weight, target_rows, targets, grad_scale)
-        ctx.rest = options, sink
+        ctx.rest = options, chunk_rows, sink
         return losses * grad_scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target_rows, targets, grad_scale = ctx.saved_tensors
-        options, sink = ctx.rest
+        options, chunk_rows, sink = ctx.rest
         scale = grad * grad_scale
-        _, dhidden, dweight = _walk(hidden, weight, target_rows, targets, scale, ctx.needs_input_grad, options)
-        return dhidden, _hand_over(dweight, weight, sink)[1], *(None,) * 5
+        _, dhidden, dweight = _walk(
+            hidden, weight, target_rows, targets, scale, ctx.needs_input_grad, options, chunk_rows
+        )
+        return dhidden, _hand_over(dweight, weight, sink)[1], *(None,) * 6
 
 
-def check_arguments(
-    hidden: Tensor,
-    weight: Tensor,
-    target_rows: Tensor,
-    targets: Tensor,
-    grad_scale: Tensor,
-    reduction: str,
-    mode: str,
-    chunk_rows: int | None,
-) -> None:
-    """Raises ValueError for what no implementation of the op takes; reads no tensor's contents."""
+def _plain(call: Call) -> Tensor:
+    wide = torch.promote_types(call.hidden.dtype, torch.float32)
+    rows = call.chunk_rows or CHUNK_ROWS
+    if call.mode == "frugal":
+        rows = max(1, min(rows, FRUGAL_BYTES // (len(call.weight) * wide.itemsize)))
+    inputs = (*call[:4], call.grad_scale.to(wide), call.options, rows, call.sink)
+    if call.reduction == "none":
+        losses: Tensor = _Rows.apply(*inputs)
+        return losses
+    loss: Tensor = _Sum.apply(*inputs) if call.wants_gradients else _Rows.apply(*inputs).sum()
+    return loss
+
+
+def _check(call: Call) -> None:
+    hidden, weight, target_rows, targets, grad_scale = call[:5]
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden (T, H) and weight (V, H) of one dtype are wanted, not {tuple(hidden.shape)} {hidden.dtype} "
@@ -224,66 +254,66 @@ def check_arguments(
         )
     if grad_scale.shape != (1,):
         raise ValueError(f"grad_scale (1,) is wanted, not {tuple(grad_scale.shape)}")
-    for name, value, known in (("reduction", reduction, REDUCTIONS), ("mode", mode, MODES)):
+    for name, value, known in (("reduction", call.reduction, REDUCTIONS), ("mode", call.mode, MODES)):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}: one of {', '.join(known)}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}: at least 1 is wanted")
-    if chunk_rows is not None and mode == "frugal":
+    if call.chunk_rows is not None and call.chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {call.chunk_rows}: at least 1 is wanted")
+    if call.chunk_rows is not None and call.mode == "frugal":
         raise ValueError("chunk_rows is for the modes auto and fast: frugal finds its own block")
 
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    target_rows: Tensor,
-    targets: Tensor,
-    grad_scale: Tensor,
-    *,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    reduction: str = "sum",
-    mode: str = "auto",
-    chunk_rows: int | None = None,
-    sink: GradSink | None = None,
-) -> Tensor:
-    """`grad_scale` times the supervised rows' cross-entropies, summed or each.
+def public(implementation: Callable[[Call], Tensor]) -> Callable[..., Tensor]:
+    """The op by one of its implementations: its arguments, what they mean and what is refused are the same for all."""
 
-    Args:
-        hidden: (T, H).
-        weight: (V, H), the head; no gradient is computed for it when it does not require one.
-        target_rows: (R,) integers: the row of `hidden` that predicts `targets[i]`; padding entries hold T.
-        targets: (R,) int64; -100 in padding entries, which add neither loss nor gradient.
-        grad_scale: (1,) float32, 1 / supervised tokens of the optimizer step; no gradient flows to it.
-        softcap: logits become `softcap * tanh(logits / softcap)`.
-        logit_scale: multiplies the logits before the soft cap.
-        label_smoothing: in [0, 1].
-        z_loss: weight of the squared log-sum-exp.
-        reduction: "sum": (); "none": (R,), 0 in padding entries. With neither smoothing nor z-loss and a `grad_scale`
-            of 1, the latter is minus each target's log-probability.
-        mode: "fast" takes `chunk_rows` rows at a time, "frugal" as many as keep a chunk's logits within 90 MB, "auto"
-            chooses by the free memory, which on the CPU is always "fast".
-        chunk_rows: rows whose logits exist at a time, 4096 if None; not with "frugal".
-        sink: takes the weight's gradient instead of autograd; a factor other than 1 on the way back to a sum of losses
-            then makes the gradients NaN, as it comes too late.
+    def linear_cross_entropy(
+        hidden: Tensor,
+        weight: Tensor,
+        target_rows: Tensor,
+        targets: Tensor,
+        grad_scale: Tensor,
+        *,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        reduction: str = "sum",
+        mode: str = "auto",
+        chunk_rows: int | None = None,
+        sink: GradSink | None = None,
+    ) -> Tensor:
+        """`grad_scale` times the supervised rows' cross-entropies, summed or each.
 
-    Returns:
-        () or (R,) float32 (float64 for float64 inputs). Not twice differentiable.
+        Args:
+            hidden: (T, H).
+            weight: (V, H), the head; no gradient is computed for it when it does not require one.
+            target_rows: (R,) integers: the row of `hidden` that predicts `targets[i]`; padding entries hold T.
+            targets: (R,) int64; -100 in padding entries, which add neither loss nor gradient.
+            grad_scale: (1,) float32, 1 / supervised tokens of the optimizer step; no gradient flows to it.
+            softcap: logits become `softcap * tanh(logits / softcap)`.
+            logit_scale: multiplies the logits before the soft cap.
+            label_smoothing: in [0, 1].
+            z_loss: weight of the squared log-sum-exp.
+            reduction: "sum": (); "none": (R,), 0 in padding entries. With neither smoothing nor z-loss and a
+                `grad_scale` of 1, the latter is minus each target's log-probability.
+            mode: "fast" takes `chunk_rows` rows at a time, "frugal" as many as keep a chunk's logits within 90 MB,
+                "auto" chooses by the free memory, which on the CPU is always "fast".
+            chunk_rows: rows whose logits exist at a time, 4096 if None; not with "frugal".
+            sink: takes the weight's gradient instead of autograd; a factor other than 1 on the way back to a sum of
+                losses then makes the gradients NaN, as it comes too late.
 
-    Raises:
-        ValueError: shapes, dtypes or names that do not fit.
-    """
-    check_arguments(hidden, weight, target_rows, targets, grad_scale, reduction, mode, chunk_rows)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    rows = chunk_rows or CHUNK_ROWS
-    if mode == "frugal":
-        rows = max(1, min(rows, FRUGAL_BYTES // (len(weight) * wide.itemsize)))
-    options = _Options(softcap, logit_scale, label_smoothing, z_loss, rows)
-    inputs = (hidden, weight, target_rows, targets, grad_scale.to(wide), options, sink)
-    if reduction == "none":
-        return _Rows.apply(*inputs)
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _Sum.apply(*inputs)
-    return _Rows.apply(*inputs).sum()
+        Returns:
+            () or (R,) float32 (float64 for float64 inputs). Not twice differentiable.
+
+        Raises:
+            ValueError: shapes, dtypes or names that do not fit.
+        """
+        options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
+        call = Call(hidden, weight, target_rows, targets, grad_scale, options, reduction, mode, chunk_rows, sink)
+        _check(call)
+        return implementation(call)
+
+    return linear_cross_entropy
+
+
+linear_cross_entropy = public(_plain)

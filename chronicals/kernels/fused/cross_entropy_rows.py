@@ -28,24 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-IGNORE_INDEX = -100
-
-
-class HeadOptions(NamedTuple):
-    """What is done to the logits; one set for a model, hence compiled in."""
-
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-
-    def constexprs(self) -> dict[str, float]:
-        return {
-            "SOFTCAP": float(self.softcap or 0.0),
-            "LOGIT_SCALE": float(self.logit_scale),
-            "SMOOTHING": float(self.label_smoothing),
-            "Z_LOSS": float(self.z_loss),
-        }
+from chronicals.kernels.linear_cross_entropy import IGNORE_INDEX, HeadOptions
 
 
 class RowConfig(NamedTuple):
@@ -69,6 +52,16 @@ def config_for(width: int) -> RowConfig:
 
 def warps(config: RowConfig) -> int:
     return config.threads // (64 if torch.version.hip else 32)
+
+
+def constexprs(options: HeadOptions) -> dict[str, float]:
+    """The options as they are compiled in."""
+    return {
+        "SOFTCAP": float(options.softcap or 0.0),
+        "LOGIT_SCALE": float(options.logit_scale),
+        "SMOOTHING": float(options.label_smoothing),
+        "Z_LOSS": float(options.z_loss),
+    }
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -102,7 +95,8 @@ def _hold(ROW: tl.tensor, COUNT: tl.constexpr, LANES: tl.constexpr, VEC: tl.cons
     pairs = tl.arange(0, LANES)[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
     held = ()
     for i in tl.static_range(COUNT):
-        held = held + (tl.load(PAIRS + i * (LANES * VEC // 2) + pairs, eviction_policy="evict_first"),)  # noqa: RUF005
+        block = tl.load(PAIRS + i * (LANES * VEC // 2) + pairs, eviction_policy="evict_first")
+        held = held + (block,)  # type: ignore[assignment]  # noqa: RUF005  triton knows no unpacking
     return held
 
 
@@ -346,7 +340,7 @@ def _launch(
         width,
         vocab,
         SCALE_STRIDE=int(scale is not None and scale.numel() > 1),
-        **options.constexprs(),
+        **constexprs(options),
         HELD=config.held,
         LANES=config.lanes,
         VEC=config.vec,

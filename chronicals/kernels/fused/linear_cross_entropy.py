@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from chronicals.kernels.fused.cross_entropy_rows import (
-    HeadOptions,
     Softmax,
     cross_entropy_rows_,
     dlogits_of_block_,
@@ -41,7 +40,7 @@ from chronicals.kernels.fused.cross_entropy_rows import (
 )
 from chronicals.kernels.fused.supervised_rows import gather_rows, scale_, scatter_rows
 from chronicals.kernels.grad_sink import GradSink, matmul_into
-from chronicals.kernels.linear_cross_entropy import check_arguments
+from chronicals.kernels.linear_cross_entropy import Call, HeadOptions, public
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_ROWS = 4096  # below that, matmuls with a small H fall off and dW is re-read often
@@ -375,42 +374,26 @@ class _Rows(torch.autograd.Function):
         return wanted.dhidden, wanted.close(weight, sink), *(None,) * 6
 
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    target_rows: Tensor,
-    targets: Tensor,
-    grad_scale: Tensor,
-    *,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    reduction: str = "sum",
-    mode: str = "auto",
-    chunk_rows: int | None = None,
-    sink: GradSink | None = None,
-) -> Tensor:
-    """`grad_scale` times the supervised rows' cross-entropies, summed or each: see
-    `chronicals.kernels.linear_cross_entropy.linear_cross_entropy`, whose signature and meaning this has.
-
-    Beyond it: float32, bfloat16 or float16 (no float64); a row has at most one target; a target outside [0, V) other
-    than -100 gives a loss of NaN instead of an error, as nothing is read back. In float16, dlogits are rounded with
-    `grad_scale` inside: let it carry the loss scale. Where the sink's buffer keeps the weight gradient,
-    `backward()` must start at this loss or sums of it: any factor but 1 turns the gradients into NaN.
+def _fused(call: Call) -> Tensor:
+    """Beyond what the op promises: a row has at most one target; a target outside [0, V) other than -100 gives a loss
+    of NaN instead of an error, as nothing is read back. In float16, dlogits are rounded with `grad_scale` inside: let
+    it carry the loss scale. `backward()` may run once.
     """
-    check_arguments(hidden, weight, target_rows, targets, grad_scale, reduction, mode, chunk_rows)
+    hidden, weight = call.hidden, call.weight
     if hidden.dtype not in DTYPES:
         raise ValueError(f"the fused linear cross-entropy takes float32, bfloat16 and float16, not {hidden.dtype}")
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
-    target_rows, targets = target_rows.contiguous(), targets.contiguous()
-    grad_scale = grad_scale.float()
-    options = HeadOptions(softcap, logit_scale, label_smoothing, z_loss)
-    gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    scratch = gradients and weight.requires_grad and weight.dtype != torch.float32 and reduction == "sum"
-    plan = plan_for(mode, chunk_rows, len(target_rows), hidden, weight, scratch)
-    if reduction == "sum" and gradients:
-        return _Sum.apply(hidden, weight, target_rows, targets, grad_scale, plan, options, sink)
-    losses = _Rows.apply(hidden, weight, target_rows, targets, grad_scale, plan.block_columns, options, sink)
-    return losses.sum() if reduction == "sum" else losses
+    target_rows, targets, grad_scale = call.target_rows.contiguous(), call.targets.contiguous(), call.grad_scale.float()
+    summed = call.reduction == "sum" and call.wants_gradients
+    scratch = summed and weight.requires_grad and weight.dtype != torch.float32
+    plan = plan_for(call.mode, call.chunk_rows, len(target_rows), hidden, weight, scratch)
+    inputs = (hidden, weight, target_rows, targets, grad_scale)
+    if summed:
+        loss: Tensor = _Sum.apply(*inputs, plan, call.options, call.sink)
+        return loss
+    losses: Tensor = _Rows.apply(*inputs, plan.block_columns, call.options, call.sink)
+    return losses.sum() if call.reduction == "sum" else losses
+
+
+linear_cross_entropy = public(_fused)

@@ -18,7 +18,8 @@ pytestmark = [
 if torch.cuda.is_available():
     from chronicals.kernels.fused import glu, rmsnorm
     from chronicals.kernels.fused import linear_cross_entropy as head
-    from chronicals.kernels.fused.cross_entropy_rows import HeadOptions, cross_entropy_rows_
+    from chronicals.kernels.fused.cross_entropy_rows import cross_entropy_rows_
+    from chronicals.kernels.linear_cross_entropy import HeadOptions
 
 
 def random(*shape: int) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from chronicals.kernels.fused import cross_entropy_rows, supervised_rows
-from chronicals.kernels.fused.cross_entropy_rows import HeadOptions, RowConfig
+from chronicals.kernels.fused.cross_entropy_rows import RowConfig, constexprs
+from chronicals.kernels.linear_cross_entropy import HeadOptions
 from tests.kernels.aot import TARGETS, compile_all
 
-PLAIN = HeadOptions().constexprs()
-EVERYTHING = HeadOptions(30.0, 0.5, 0.1, 1e-4).constexprs()
+PLAIN = constexprs(HeadOptions())
+EVERYTHING = constexprs(HeadOptions(30.0, 0.5, 0.1, 1e-4))
 STATE = ("LOSS", "PEAK", "TOTAL", "LSE", "SCALE")
 SWEEPS = {  # what of the state each launch is given
     "whole rows": ("LOSS", "SCALE"),
@@ -23,8 +24,8 @@ def compile_rows(sweep: str, config: RowConfig, options: dict[str, float], dtype
     given = SWEEPS[sweep]
     signature = {"LOGITS": f"*{dtype}", "TARGETS": "*i64"} | dict.fromkeys(given, "*fp32")
     signature |= {"row_stride": "i32:16", "start": "i32:16", "width": "i32", "vocab": "i32"}
-    constexprs = options | {name: None for name in STATE if name not in given}
-    constexprs |= {"SCALE_STRIDE": 1, "HELD": config.held, "LANES": config.lanes, "VEC": config.vec}
+    flags = options | {name: None for name in STATE if name not in given}
+    flags |= {"SCALE_STRIDE": 1, "HELD": config.held, "LANES": config.lanes, "VEC": config.vec}
     compiled = {}
     for warp_size in (32, 64):
         targets = {key: value for key, value in TARGETS.items() if value[0].warp_size == warp_size}
@@ -32,7 +33,7 @@ def compile_rows(sweep: str, config: RowConfig, options: dict[str, float], dtype
         compiled |= compile_all(
             cross_entropy_rows.cross_entropy_kernel,
             signature,
-            constexprs,
+            flags,
             num_warps=num_warps,
             num_stages=1,
             targets=targets,

@@ -13,9 +13,10 @@ from torch import Tensor
 from chronicals.kernels import linear_cross_entropy as plain
 from chronicals.kernels.fused import cross_entropy_rows
 from chronicals.kernels.fused import linear_cross_entropy as fused
-from chronicals.kernels.fused.cross_entropy_rows import HeadOptions, RowConfig, Softmax, losses_of_block
+from chronicals.kernels.fused.cross_entropy_rows import RowConfig, Softmax, losses_of_block
 from chronicals.kernels.fused.supervised_rows import scale_
 from chronicals.kernels.grad_sink import Autograd, InPlace
+from chronicals.kernels.linear_cross_entropy import HeadOptions
 from tests.kernels.numerics import relative_error
 
 OPTIONS = [
