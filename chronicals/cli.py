@@ -94,6 +94,9 @@ def train(
     if file is None:
         raise UserError("train needs a FILE", "write one with: chronicals init --model MODEL --data DATA")
     config = TrainConfig.load(file, overrides or ())
+    from chronicals.train.precision import import_ahead
+
+    import_ahead(config.device)
     from chronicals.train.trainer import Trainer
 
     return Trainer(config).train(dry_run=dry_run).exit_code

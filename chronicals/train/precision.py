@@ -61,6 +61,13 @@ def told_dtype(dtype: torch.dtype, device: torch.device, bf16: str | bool, fp16:
     return name
 
 
+def import_ahead(device: str) -> None:
+    """Begins to import what `resolve_ops` may choose and takes seconds, in a thread; `device` as in the config."""
+    from chronicals.kernels.fused.attention import start_import_where_it_fits
+
+    start_import_where_it_fits(device)
+
+
 def resolve_ops(device: torch.device, dtype: torch.dtype, *, head_dim: int, deterministic: bool) -> tuple[Ops, str]:
     """The kernels, and what the header says of them: fused ones on a GPU that runs them, plain PyTorch elsewhere."""
     if device.type == "cpu":
@@ -100,16 +107,17 @@ def reproducible(seed: int, device: torch.device, *, deterministic: bool) -> Ite
     settings: Any = torch.utils.deterministic  # its attributes are made at run time
     matmul: Any = torch.backends.cuda.matmul
     before = (
-        torch.are_deterministic_algorithms_enabled(),
+        torch.get_deterministic_debug_mode(),
         settings.fill_uninitialized_memory,
         matmul.allow_fp16_reduced_precision_reduction,
     )
-    torch.use_deterministic_algorithms(deterministic)
+    # `use_deterministic_algorithms` does the same and imports torch's compiler, to tell it: two seconds
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     settings.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
     matmul.allow_fp16_reduced_precision_reduction = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.set_deterministic_debug_mode(before[0])
         settings.fill_uninitialized_memory = before[1]
         matmul.allow_fp16_reduced_precision_reduction = before[2]

@@ -4,13 +4,23 @@ It is the fastest backend there is for documents of different lengths, and the o
 not written out. It writes gradients straight into the caller's views, and with `deterministic` its backward gives the
 same bits every time. What it cannot do (float32, long heads, older GPUs) is an error that names a backend that can.
 
+Its import is seconds of Python, so `start_import` begins it in a thread, while weights load and data is prepared.
 `backend_for` chooses, once. Left out: our own attention kernel, as none of ours would be faster.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+from threading import Thread
+from types import ModuleType
 from typing import Any, Unpack
 
 import torch
@@ -22,7 +32,7 @@ LONGEST_HEAD = 128  # elements; its backward takes no longer ones on Hopper
 
 
 class FlashAttention4(AttentionBackend):
-    """FlashAttention-4. Making one imports it, which takes seconds: do so while weights load.
+    """FlashAttention-4. Making one begins its import; the first call waits for it.
 
     Args:
         deterministic: its backward adds in a fixed order, 14% slower on an H200.
@@ -34,11 +44,13 @@ class FlashAttention4(AttentionBackend):
     def __init__(self, *, deterministic: bool = False) -> None:
         if not is_installed():
             raise ValueError("flash-attn-4 is not installed: pip install flash-attn-4, or use TorchVarlen")
-        # its kernels are compiled at their first call, seconds each; the cache on disk is read when it is imported
-        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-        from flash_attn.cute import interface
+        start_import()
+        self.deterministic = deterministic
 
-        self.interface, self.deterministic = interface, deterministic
+    @cached_property
+    def interface(self) -> ModuleType:
+        """The library, imported."""
+        return start_import().result()
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
@@ -110,11 +122,73 @@ def is_installed() -> bool:
     )
 
 
+def start_import_where_it_fits(device: str) -> None:
+    """`start_import` where `backend_for` may choose FlashAttention-4: a process that trains begins with it.
+
+    Args:
+        device: the config's: "auto", "cuda" or "cpu".
+    """
+    if device != "cpu" and is_installed() and torch.cuda.is_available() and _is_hopper_or_blackwell():
+        start_import()
+
+
+@cache
+def start_import() -> Future[ModuleType]:
+    """The library, or what kept it from being imported, once the thread that imports it is done; one a process."""
+    future: Future[ModuleType] = Future()
+    # a daemon: a run that ends with an error meanwhile does not wait for it
+    Thread(target=_import_into, args=(future,), name="import flash_attn", daemon=True).start()
+    return future
+
+
+def _import_into(future: Future[ModuleType]) -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # by default the main thread would wait 5 ms after each of its thousands of torch ops
+    try:
+        future.set_result(_import())
+    except Exception as error:  # noqa: BLE001  raised again where the library is wanted
+        future.set_exception(error)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def _import() -> ModuleType:
+    # its kernels are compiled at their first call, seconds each; these are read when it is imported. Its own default
+    # is a folder below /tmp, which is lost at a reboot and whose name another user can take first.
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_home / "chronicals" / "flash-attention"))
+    with _quack_without_its_kernels():
+        from flash_attn.cute import interface
+
+    return interface
+
+
+@contextmanager
+def _quack_without_its_kernels() -> Iterator[None]:
+    """`import quack` costs two fifths of the whole, for kernels of its own that import torch's compiler. FlashAttention
+    uses its helper modules and `quack.dsl`, which every import of it begins with. Afterwards it imports as ever."""
+    spec = importlib.util.find_spec("quack")
+    if spec is None or "quack" in sys.modules:
+        yield
+        return
+    sys.modules["quack"] = importlib.util.module_from_spec(spec)  # found by its submodules, and not executed
+    try:
+        importlib.import_module("quack.dsl")
+        yield
+    finally:
+        del sys.modules["quack"]
+
+
+def _is_hopper_or_blackwell(device: torch.device | None = None) -> bool:
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def backend_for(
     device: torch.device, dtype: torch.dtype, *, head_dim: int = 64, deterministic: bool = False
 ) -> AttentionBackend:
     """FlashAttention-4 where it is installed and can do it, else what torch has (`plain_backend`)."""
     fits = dtype in HALF and head_dim <= LONGEST_HEAD and head_dim % 8 == 0
-    if fits and is_installed() and torch.cuda.get_device_capability(device)[0] in (9, 10):
+    if fits and is_installed() and _is_hopper_or_blackwell(device):
         return FlashAttention4(deterministic=deterministic)
     return plain_backend(device, dtype)

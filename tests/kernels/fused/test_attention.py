@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,14 +14,14 @@ import torch
 
 from chronicals.kernels.attention import PerDocument, TorchVarlen
 from chronicals.kernels.fused import attention
-from chronicals.kernels.fused.attention import FlashAttention4, backend_for
+from chronicals.kernels.fused.attention import FlashAttention4, backend_for, start_import
 
 CUDA = torch.device("cuda")
 BOUNDS = torch.tensor([0, 3, 5, 5], dtype=torch.int32)
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """A `flash_attn.cute` that computes nothing and tells what it was asked."""
     calls: list[dict[str, Any]] = []
 
@@ -37,7 +40,9 @@ def library(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     for module in (package, cute, interface):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(attention, "is_installed", lambda: True)
-    return calls
+    start_import.cache_clear()
+    yield calls
+    start_import.cache_clear()
 
 
 def qkv(head_dim: int = 16, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
@@ -128,3 +133,76 @@ def test_without_it_torch_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = backend_for(CUDA, torch.bfloat16)
     attention.plain_backend.cache_clear()
     assert type(chosen) is TorchVarlen
+
+
+Installed = Callable[..., None]
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
+    """Writes packages as they lie on disk: FlashAttention's `interface` with the given source, and quack's."""
+    before = set(sys.modules)
+
+    def write(interface: str) -> None:
+        files = {
+            "flash_attn/__init__": "",
+            "flash_attn/cute/__init__": "",
+            "flash_attn/cute/interface": interface,
+            "quack/__init__": "whole = True",
+            "quack/dsl/__init__": "installed = True",
+            "quack/layout_utils": "import quack.dsl\nassert quack.dsl.installed and not hasattr(quack, 'whole')",
+        }
+        for name, source in files.items():
+            file = tmp_path / f"{name}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(source)
+
+    for name in ("ENABLED", "DIR"):  # set by the import, and put back after the test
+        monkeypatch.setenv(f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}", "")
+        monkeypatch.delenv(f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    start_import.cache_clear()
+    yield write
+    start_import.cache_clear()
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("flash_attn", "quack"):
+            del sys.modules[name]
+
+
+def test_it_is_imported_without_the_kernels_of_its_helpers(installed: Installed, tmp_path: Path) -> None:
+    """Its helper package is whole for whoever imports it afterwards."""
+    installed("from quack import layout_utils")
+    interval = sys.getswitchinterval()
+    assert FlashAttention4().interface.layout_utils.__name__ == "quack.layout_utils"
+    assert sys.getswitchinterval() == interval
+    assert "quack" not in sys.modules
+    import quack
+
+    assert quack.whole
+
+
+def test_kernels_are_kept_where_no_one_else_writes(installed: Installed, tmp_path: Path) -> None:
+    installed("import os\nseen = os.environ['FLASH_ATTENTION_CUTE_DSL_CACHE_DIR']")
+    assert FlashAttention4().interface.seen == str(tmp_path / "cache" / "chronicals" / "flash-attention")
+    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+
+
+def test_an_import_that_fails_is_told_by_the_first_call(installed: Installed) -> None:
+    installed("raise OSError('no libcuda.so')")
+    backend = FlashAttention4()
+    with pytest.raises(OSError, match=r"no libcuda\.so"):
+        backend.forward(*qkv(), BOUNDS, 3)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "starts"), [("auto", (9, 0), True), ("cuda", (8, 9), False), ("cpu", (9, 0), False)]
+)
+def test_it_is_imported_ahead_only_where_it_may_be_chosen(
+    device: str, capability: tuple[int, int], starts: bool, installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed("")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    attention.start_import_where_it_fits(device)
+    assert start_import.cache_info().currsize == starts
