@@ -4,10 +4,11 @@ Whoever computes a weight gradient by hand (projections, norms, the loss head) a
 the model is built:
 
     buffer, add = sink.open(parameter)
-    matmul_into(buffer, add, d_out.t(), x)      # or vector_into, for norms and biases
+    matmul_into(buffer, add, d_out.t(), x)      # or vector_into
     return sink.close(parameter, buffer)        # what the autograd function returns for the parameter
 
-A layer half has several weights, frozen ones among them: it writes them through one `WeightGradients`.
+A layer half has several weights, frozen ones among them: it writes them through one `WeightGradients`. The gradients
+of vectors, norms' weights and biases, are sums over all rows: kernels leave them in parts (see `Stack`).
 
 `InPlace` writes float32 or bf16 buffers directly: a float32 gradient cannot live in the `.grad` of a bf16 parameter,
 and nothing is copied or zeroed. `Autograd` returns the gradient, so that the hooks of DDP and FSDP2 fire; under
@@ -18,11 +19,13 @@ Nothing may drain, check or count gradients in a parameter hook under `InPlace`:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+Reduce = Callable[..., Tensor]  # reduce_partials(partials, dtype, out=, add=)
 
 
 class GradSink(Protocol):
@@ -35,9 +38,33 @@ class GradSink(Protocol):
     def close(self, parameter: Tensor, buffer: Tensor) -> Tensor | None:
         """The gradient is written; what the autograd function returns for the parameter."""
 
+    def partials(self, parameter: Tensor, parts: int) -> Tensor | None:
+        """(parts, N) float32 to write: a vector's gradient in parts, which the sink adds up later with those of its
+        like in other layers. None: the caller adds them up."""
+
     def scratch(self, parameter: Tensor) -> Tensor | None:
         """Memory to work in before `parameter` is closed: float32, of its shape, contents undefined. None: there is
         none to spare."""
+
+
+class Stack:
+    """Vectors of one role, one a layer, whose gradients are added up from their parts in one launch.
+
+    Args:
+        parameters: n of (N,).
+        out: (n, N), their gradients' buffers as one view.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], out: Tensor) -> None:
+        self.places = {parameter: i for i, parameter in enumerate(parameters)}
+        self.out = out
+        self.partials: Tensor | None = None  # (n, parts, N) float32, made at the first use
+
+    def place(self, parameter: Tensor, parts: int) -> Tensor:
+        if self.partials is None or self.partials.shape[1] != parts:
+            n, width = self.out.shape
+            self.partials = self.out.new_zeros(n, parts, width, dtype=torch.float32)
+        return self.partials[self.places[parameter]]
 
 
 class InPlace:
@@ -50,12 +77,20 @@ class InPlace:
         buffers: parameter -> its buffer, of its shape, float32 or the parameter's dtype; float32 where `accumulate`.
         accumulate: a step has several micro-batches.
         flat: (N,) what all 16-bit buffers are views of, where they are: lent as scratch.
+        stacks: vectors whose parts are added up by `finish`, which ends a micro-batch then.
 
     Raises:
         ValueError: there are several processes (WORLD_SIZE), whose gradients nobody would reduce.
     """
 
-    def __init__(self, buffers: Mapping[Tensor, Tensor], *, accumulate: bool, flat: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        buffers: Mapping[Tensor, Tensor],
+        *,
+        accumulate: bool,
+        flat: Tensor | None = None,
+        stacks: Sequence[Stack] = (),
+    ) -> None:
         world = os.environ.get("WORLD_SIZE", "1")
         if world != "1":
             raise ValueError(f"gradients in place are for one process, WORLD_SIZE is {world}; use the Autograd sink")
@@ -63,6 +98,8 @@ class InPlace:
             assert buffer.shape == parameter.shape, f"a buffer {tuple(buffer.shape)} for {tuple(parameter.shape)}"
             assert buffer.dtype == torch.float32 or not accumulate, f"many micro-batches add up in {buffer.dtype}"
         self.buffers, self.accumulate, self.flat = buffers, accumulate, flat
+        self._stacks = {parameter: stack for stack in stacks for parameter in stack.places}
+        self._waiting: dict[Stack, None] = {}  # in the order in which they came
         self.written: set[Tensor] = set()  # this micro-batch
         self.reached: set[Tensor] = set()  # ever
 
@@ -77,6 +114,22 @@ class InPlace:
 
     def close(self, parameter: Tensor, buffer: Tensor) -> None:
         return None
+
+    def partials(self, parameter: Tensor, parts: int) -> Tensor | None:
+        stack = self._stacks.get(parameter)
+        if stack is None:
+            return None
+        self.written.add(parameter)
+        self.reached.add(parameter)
+        self._waiting[stack] = None
+        return stack.place(parameter, parts)
+
+    def finish(self, reduce: Reduce) -> None:
+        """Adds up the parts that came in this micro-batch; `reduce` is the ops' `reduce_partials`."""
+        for stack in self._waiting:
+            assert stack.partials is not None
+            reduce(stack.partials, stack.out.dtype, out=stack.out, add=self.accumulate)
+        self._waiting.clear()
 
     def scratch(self, parameter: Tensor) -> Tensor | None:
         """Space of gradients that come later. The head is the first to write, when activations fill the memory."""
@@ -102,6 +155,9 @@ class Autograd:
 
     def close(self, parameter: Tensor, buffer: Tensor) -> Tensor:
         return buffer
+
+    def partials(self, parameter: Tensor, parts: int) -> None:
+        return None
 
     def scratch(self, parameter: Tensor) -> None:
         return None
@@ -142,18 +198,16 @@ class WeightGradients:
             matmul_into(buffer, add, left, right)
             self._returned[parameter] = self.sink.close(parameter, buffer)
 
-    def vector(self, parameter: Tensor, gradient: Tensor) -> None:
-        """`gradient`, of the parameter's shape, is its gradient."""
-        if parameter.requires_grad:
-            buffer, add = self.sink.open(parameter)
-            vector_into(buffer, add, gradient)
-            self._returned[parameter] = self.sink.close(parameter, buffer)
+    def place(self, parameter: Tensor, parts: int) -> Tensor | None:
+        """Where to leave the gradient of a vector (N,) in parts: (parts, N) float32, and that was all; None: hand them
+        to `sum`."""
+        return self.sink.partials(parameter, parts) if parameter.requires_grad else None
 
-    def sums(self, parameter: Tensor, reduce: Callable[..., Tensor]) -> None:
-        """Its gradient is what `reduce(dtype, out=)` returns in that dtype, or writes to `out` where that is given."""
+    def sum(self, parameter: Tensor, partials: Tensor, reduce: Reduce) -> None:
+        """The sum of `partials` (parts, N) is its gradient; `reduce` is the ops' `reduce_partials`."""
         if parameter.requires_grad:
             buffer, add = self.sink.open(parameter)
-            buffer.add_(reduce(torch.float32)) if add else reduce(buffer.dtype, out=buffer)
+            reduce(partials, buffer.dtype, out=buffer, add=add)
             self._returned[parameter] = self.sink.close(parameter, buffer)
 
     def of(self, parameters: Iterable[Tensor]) -> tuple[Tensor | None, ...]:

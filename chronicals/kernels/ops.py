@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chronicals.kernels import embedding, glu, rmsnorm, rope
+from chronicals.kernels import column_sums, embedding, glu, rmsnorm, rope
 from chronicals.kernels.attention import AttentionBackend, ByDevice
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -29,6 +29,9 @@ class Ops:
     add_rmsnorm_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     rmsnorm_recompute: Callable[..., Tensor]
     rmsnorm_backward: Callable[..., tuple[Tensor, Tensor | None]]
+    partial_programs: Callable[..., int]
+    column_parts: Callable[..., int]
+    column_partials: Callable[..., Tensor]
     reduce_partials: Callable[..., Tensor]
     rope_qkv_: Callable[..., None]
     glu_forward: Callable[..., Tensor]
@@ -44,7 +47,10 @@ REFERENCE = Ops(
     add_rmsnorm_forward=rmsnorm.add_rmsnorm_forward,
     rmsnorm_recompute=rmsnorm.rmsnorm_recompute,
     rmsnorm_backward=rmsnorm.rmsnorm_backward,
-    reduce_partials=rmsnorm.reduce_partials,
+    partial_programs=rmsnorm.partial_programs,
+    column_parts=column_sums.column_parts,
+    column_partials=column_sums.column_partials,
+    reduce_partials=column_sums.reduce_partials,
     rope_qkv_=rope.rope_qkv_,
     glu_forward=glu.glu_forward,
     glu_backward=glu.glu_backward,
@@ -69,7 +75,7 @@ def fused(
     Raises:
         ImportError: there is no triton here; CUDA and ROCm builds of torch bring it.
     """
-    from chronicals.kernels.fused import attention, embedding, glu, linear_cross_entropy, rmsnorm, rope
+    from chronicals.kernels.fused import attention, column_sums, embedding, glu, linear_cross_entropy, rmsnorm, rope
 
     return Ops(
         embedding_forward=embedding.embedding_forward,
@@ -78,7 +84,10 @@ def fused(
         add_rmsnorm_forward=rmsnorm.add_rmsnorm_forward,
         rmsnorm_recompute=rmsnorm.rmsnorm_recompute,
         rmsnorm_backward=rmsnorm.rmsnorm_backward,
-        reduce_partials=rmsnorm.reduce_partials,
+        partial_programs=rmsnorm.partial_programs,
+        column_parts=column_sums.column_parts,
+        column_partials=column_sums.column_partials,
+        reduce_partials=column_sums.reduce_partials,
         rope_qkv_=rope.rope_qkv_,
         glu_forward=glu.glu_forward,
         glu_backward=glu.glu_backward,

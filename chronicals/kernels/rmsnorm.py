@@ -86,6 +86,7 @@ def rmsnorm_backward(
     d_residual: Tensor | None = None,
     out: Tensor | None = None,
     weight_grad: bool = True,
+    partial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of the norm's input, and the weight's in parts (docs/math/rmsnorm.md).
 
@@ -96,6 +97,7 @@ def rmsnorm_backward(
         d_residual: (T, H), the gradient that `x` has beside this one, added to the result.
         out: shaped like `x`, strides free; may be `d_normed`. None: a new one.
         weight_grad: whether the weight's gradient is wanted.
+        partial: (parts, H) float32, `partial_programs` of them: written. None: a new one.
 
     Returns:
         (..., H) in the dtype of `x`, and (parts, H) for `reduce_partials`, or None.
@@ -106,11 +108,12 @@ def rmsnorm_backward(
     dx = (scaled - normalised * (scaled * normalised).mean(-1, keepdim=True)) * rstd
     if d_residual is not None:
         dx += d_residual
-    partial = (upstream * normalised).flatten(0, -2).sum(0, keepdim=True) if weight_grad else None
+    if weight_grad:  # before `out`, which may be `d_normed`, is written
+        sums = (upstream * normalised).flatten(0, -2).sum(0, keepdim=True)
+        partial = sums if partial is None else partial.copy_(sums)
     return dx.to(x.dtype) if out is None else out.copy_(dx), partial
 
 
-def reduce_partials(partials: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
-    """(parts, H) -> (H,), or (norms, parts, H) -> (norms, H): the sums over the parts, in `dtype`."""
-    total = partials.sum(-2).to(dtype)
-    return total if out is None else out.copy_(total)
+def partial_programs(rows: int, hidden: int, device: torch.device) -> int:
+    """How many parts `rmsnorm_backward` leaves of the gradient of a weight (hidden,)."""
+    return 1

@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i, ops, **factory) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, **factory)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Projection(config.hidden_size, config.vocab_size, bias=False, **factory)
+        self.lm_head = None if tied else Projection(config.hidden_size, config.vocab_size, ops, bias=False, **factory)
         self.sink: GradSink = Autograd()
 
     def set_recompute(self, policy: Recompute, layers: int | None = None) -> None:

@@ -24,7 +24,6 @@ Shapes: T tokens, H hidden, Nq and Nk query and key heads, D head width, F inter
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -92,11 +91,22 @@ class RMSNorm(nn.Module):
         out: Tensor | None = None,
     ) -> Tensor:
         """The gradient of x, with `d_residual` added."""
-        dx, partial = self.ops.rmsnorm_backward(
-            d_normed, x, rstd, self.weight, d_residual=d_residual, out=out, weight_grad=self.weight.requires_grad
+        ops, weight = self.ops, self.weight
+        size = weight.shape[0]
+        parts = ops.partial_programs(x.numel() // size, size, x.device)
+        place = gradients.place(weight, parts)
+        dx, partial = ops.rmsnorm_backward(
+            d_normed,
+            x,
+            rstd,
+            weight,
+            d_residual=d_residual,
+            out=out,
+            weight_grad=weight.requires_grad,
+            partial=place,
         )
-        if partial is not None:
-            gradients.sums(self.weight, functools.partial(self.ops.reduce_partials, partial))
+        if partial is not None and place is None:
+            gradients.sum(weight, partial, ops.reduce_partials)
         return dx
 
 
@@ -108,8 +118,8 @@ class Attention(nn.Module):
         self.queries, self.keys, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.window, self.ops = window, ops
         heads = self.queries + 2 * self.keys
-        self.qkv_proj = Projection(config.hidden_size, heads * self.width, bias=config.qkv_bias, **factory)
-        self.o_proj = Projection(self.queries * self.width, config.hidden_size, bias=config.o_bias, **factory)
+        self.qkv_proj = Projection(config.hidden_size, heads * self.width, ops, bias=config.qkv_bias, **factory)
+        self.o_proj = Projection(self.queries * self.width, config.hidden_size, ops, bias=config.o_bias, **factory)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, (Nq + 2 Nk) D) -> views q (T, Nq, D), k and v (T, Nk, D)."""
@@ -155,11 +165,11 @@ class NormedAttention(Attention):
 class MLP(nn.Module):
     """The weights of a gated feed-forward."""
 
-    def __init__(self, config: ModelConfig, **factory: Any) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, **factory: Any) -> None:
         super().__init__()
         hidden, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = Projection(hidden, 2 * width, bias=bias, **factory)
-        self.down_proj = Projection(width, hidden, bias=bias, **factory)
+        self.gate_up_proj = Projection(hidden, 2 * width, ops, bias=bias, **factory)
+        self.down_proj = Projection(width, hidden, ops, bias=bias, **factory)
 
 
 @dataclass(frozen=True)
@@ -351,7 +361,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, **factory)
         self.self_attn = attention(config, config.windows[index], ops, **factory)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops, **factory)
-        self.mlp = MLP(config, **factory)
+        self.mlp = MLP(config, ops, **factory)
         self._halves = (
             AttentionHalf(self.input_layernorm, self.self_attn, ops),
             MLPHalf(self.post_attention_layernorm, self.mlp, config.activation, ops),

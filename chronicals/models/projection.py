@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chronicals.kernels.grad_sink import WeightGradients
+from chronicals.kernels.ops import Ops
 
 
 class Projection(nn.Module):
@@ -24,6 +25,7 @@ class Projection(nn.Module):
         self,
         in_features: int,
         out_features: int,
+        ops: Ops,
         *,
         bias: bool,
         device: torch.device | str | None = None,
@@ -31,6 +33,7 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.ops = ops
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,5 +47,8 @@ class Projection(nn.Module):
     def weight_grads(self, d_out: Tensor, x: Tensor, gradients: WeightGradients) -> None:
         """The gradients of weight and bias, from d_out (T, out) and the forward's x (T, in)."""
         gradients.matmul(self.weight, d_out.t(), x)
-        if self.bias is not None:
-            gradients.vector(self.bias, d_out.sum(0, dtype=torch.promote_types(d_out.dtype, torch.float32)))
+        if self.bias is not None and self.bias.requires_grad:
+            place = gradients.place(self.bias, self.ops.column_parts(*d_out.shape, d_out.device))
+            partials = self.ops.column_partials(d_out, partial=place)
+            if place is None:
+                gradients.sum(self.bias, partials, self.ops.reduce_partials)

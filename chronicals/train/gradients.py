@@ -8,12 +8,13 @@ weight's dtype.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from chronicals.kernels.grad_sink import InPlace
+from chronicals.kernels.grad_sink import InPlace, Reduce, Stack
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views
 
@@ -48,8 +49,29 @@ class Gradients:
         self.views = dict(hf_views(model, self.buffers))
         self._parameters = dict(parameters)
         buffers: dict[Tensor, Tensor] = {parameter: self.buffers[name] for name, parameter in parameters.items()}
-        lent = flat if dtype.itemsize == 2 else None
-        self._sink = model.sink = InPlace(buffers, accumulate=accumulate, flat=lent)
+        self._sink = model.sink = InPlace(
+            buffers, accumulate=accumulate, flat=flat if dtype.itemsize == 2 else None, stacks=self._stacks(flat)
+        )
+
+    def _stacks(self, flat: Tensor) -> list[Stack]:
+        """The vectors of each role ("layers.*.input_layernorm.weight"): layers are alike, so their gradients lie
+        equally far apart."""
+        roles: dict[str, list[str]] = {}
+        for name, parameter in self._parameters.items():
+            if parameter.ndim == 1:
+                roles.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+        stacks = []
+        for names in roles.values():
+            starts = [self.buffers[name].storage_offset() for name in names]
+            distances = {b - a for a, b in itertools.pairwise(starts)} or {0}
+            if len(distances) == 1:  # else some layers are frozen, and each vector is added up alone
+                out = flat.as_strided((len(names), self.buffers[names[0]].numel()), (distances.pop(), 1), starts[0])
+                stacks.append(Stack([self._parameters[name] for name in names], out))
+        return stacks
+
+    def finish(self, reduce: Reduce) -> None:
+        """Ends a micro-batch's backward pass; `reduce` is the ops' `reduce_partials`."""
+        self._sink.finish(reduce)
 
     def missing(self) -> list[str]:
         """Our names of the parameters that no backward pass has written yet."""

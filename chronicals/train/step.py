@@ -94,6 +94,7 @@ class Step:
         loss = self.loss_fn(hidden, model.head_weight, batch.target_rows, batch.targets, grad_scale)
         self.guard.check_loss(loss)
         loss.backward()
+        self.gradients.finish(model.ops.reduce_partials)
         self.loss += self.loss_scale.unscaled(loss.detach())
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ SIZES = {
     "vocab_size": 11,
     "hidden_size": 8,
     "intermediate_size": 8,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "tie_word_embeddings": True,
@@ -24,8 +24,8 @@ def model_of(dtype: torch.dtype) -> Decoder:
     return model
 
 
-def micro(model: Decoder, seed: int, scale: float = 1.0) -> None:
-    tokens = torch.randint(11, (16,), generator=torch.Generator().manual_seed(seed))
+def micro(model: Decoder, gradients: Gradients | None = None, scale: float = 1.0) -> None:
+    tokens = torch.randint(11, (16,), generator=torch.Generator().manual_seed(0))
     cu_seqlens = torch.tensor([0, 16], dtype=torch.int32)
     hidden = model(tokens, torch.arange(16, dtype=torch.int32), cu_seqlens, 16)
     rows = torch.arange(15, dtype=torch.int32)
@@ -33,6 +33,8 @@ def micro(model: Decoder, seed: int, scale: float = 1.0) -> None:
         hidden, model.head_weight, rows, tokens[1:], torch.tensor([scale]), sink=model.sink
     )
     loss.backward()
+    if gradients is not None:
+        gradients.finish(model.ops.reduce_partials)
 
 
 def gradients_of(dtype: torch.dtype, *, accumulate: bool) -> tuple[Decoder, Gradients]:
@@ -43,10 +45,10 @@ def gradients_of(dtype: torch.dtype, *, accumulate: bool) -> tuple[Decoder, Grad
 def test_equal_to_autograds() -> None:
     """Ties included: the head writes, the embedding adds."""
     plain = model_of(torch.float32)
-    micro(plain, 0)
+    micro(plain)
     model, gradients = gradients_of(torch.float32, accumulate=False)
     for _ in range(2):  # the second writes over the first
-        micro(model, 0)
+        micro(model, gradients)
         for name, parameter in plain.named_parameters():
             torch.testing.assert_close(gradients.buffers[name], parameter.grad, rtol=1e-5, atol=1e-7)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -55,10 +57,10 @@ def test_equal_to_autograds() -> None:
 def test_several_micro_batches_add_up_in_float32() -> None:
     """1 + 256 times 1/256 of one gradient is twice it in float32; a bf16 sum would stay where the first put it."""
     model, gradients = gradients_of(torch.bfloat16, accumulate=True)
-    micro(model, 0)
+    micro(model, gradients)
     first = {name: gradient.clone() for name, gradient in gradients.buffers.items()}
     for _ in range(256):
-        micro(model, 0, 1 / 256)
+        micro(model, gradients, 1 / 256)
     for name, gradient in gradients.buffers.items():
         assert gradient.dtype == torch.float32
         assert (gradient - 2 * first[name]).norm() < 1e-2 * first[name].norm(), name
@@ -71,7 +73,7 @@ def test_one_micro_batch_keeps_the_weights_dtype() -> None:
 
 def test_views_are_parts_of_the_buffers_under_hugging_face_names() -> None:
     model, gradients = gradients_of(torch.float32, accumulate=False)
-    micro(model, 0)
+    micro(model, gradients)
     up = gradients.views["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(up, gradients.buffers["layers.0.mlp.gate_up_proj.weight"][8:])
     assert up.abs().sum() > 0
@@ -80,9 +82,27 @@ def test_views_are_parts_of_the_buffers_under_hugging_face_names() -> None:
 def test_missing_are_those_that_no_backward_has_written() -> None:
     model, gradients = gradients_of(torch.float32, accumulate=False)
     assert len(gradients.missing()) == len(gradients.buffers)
-    micro(model, 0)
+    micro(model, gradients)
     assert gradients.missing() == []
+
+
+def test_frozen_layers_between() -> None:
+    """Their like are no longer equally far apart."""
+    plain, model = model_of(torch.float32), model_of(torch.float32)
+    micro(plain)
+    names = [name for name, _ in model.named_parameters() if "layers.1" not in name]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    extra = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    gradients = Gradients(model, extra, accumulate=False)
+    micro(model, gradients)
+    for name, parameter in plain.named_parameters():
+        if name in names:
+            torch.testing.assert_close(gradients.buffers[name], parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_weight_that_is_frozen_later_is_missing() -> None:
     model, gradients = gradients_of(torch.float32, accumulate=False)
     model.norm.weight.requires_grad_(False)
-    micro(model, 0)
+    micro(model, gradients)
     assert gradients.missing() == ["norm.weight"]
