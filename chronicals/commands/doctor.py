@@ -189,7 +189,7 @@ def _bf16(facts: Facts) -> Check:
         return Check("bf16", "ok", "float32 on the CPU, with bf16: auto")
     slow = [gpu.name for gpu in facts.gpus if not gpu.bf16]
     if slow:
-        return Check("bf16", "warn", f"not on {', '.join(slow)}", "bf16: auto trains in float32 there, more slowly")
+        return Check("bf16", "warn", f"not on {', '.join(slow)}", "by default it trains in float16 there, by plain PyTorch")
     return Check("bf16", "ok", "yes")
 
 
