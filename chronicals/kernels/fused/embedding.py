@@ -1,18 +1,18 @@
 """Token embedding: a gather, and its gradient as a deterministic segmented sum into a buffer of the caller's.
 
 chronicals/kernels/embedding.py has the math. `token_order` lists the slots of the batch by token, so the slots of one
-token, a run, lie side by side. A program takes `slots` of them and some columns: it gathers the upstream rows, sums
-those of equal token by a product with the 0/1 matrix [token_i = token_j] (exact in 16 bits, sums in float32), and
-writes one row for each run that begins with it. A run that goes on past its slots it follows to the end; the programs
-that hold the rest of the run leave it alone. So each row of the gradient is written once, by one program, in one
-order: no atomics, no scratch, the same bits every time.
+token, a run, lie side by side. A program takes a tile of `slots` of them and some columns: it gathers the upstream rows
+and sums those of equal token by a product with the 0/1 matrix [token_i = token_j] (exact in 16 bits, sums in float32).
+A run that lies within the tile is written at once. Of a run that several tiles share, each leaves its part in scratch,
+and a second launch adds the parts in order, from the tile where the run begins. So each row of the gradient is written
+once, by one program, in one order, however long the runs are: no atomics, the same bits every time.
 
-Bytes: T H read, and the rows of the tokens that occur written (read too where they are added to), whatever V is. Only
-an overwritten gradient is zeroed first, V H written; one that is added to is not touched elsewhere.
+Bytes: T H read, and the rows of the tokens that occur written (read too where they are added to), whatever V is; parts
+are small beside them, as a tile leaves two at most. Only an overwritten gradient is zeroed first, V H written; one that
+is added to is not touched elsewhere.
 
-Left out: spreading one token's run over programs. A token that fills thousands of slots is followed by one program a
-column block, 64 slots at a time. A NaN or infinity upstream may reach the other tokens of its program; such a
-gradient is refused as a whole anyway.
+Left out: a NaN or infinity upstream may reach the other tokens of its tile; such a gradient is refused as a whole
+anyway.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Config(NamedTuple):
-    """What one program takes: slots of the batch, columns of the table."""
+    """What one program takes at a time: slots of the batch (joining: tiles of them), columns of the table."""
 
     slots: int
     columns: int
@@ -35,8 +35,8 @@ class Config(NamedTuple):
 
 
 FORWARD = Config(16, 128, 128)
-BACKWARD = Config(32, 64, 128)
-FOLLOW = 64  # slots that a run's program takes at a time beyond its own
+BACKWARD = Config(32, 128, 256)
+JOIN = Config(16, 256, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -81,6 +81,7 @@ def embedding_backward_kernel(
     TOKENS: tl.tensor,  # (T,) int64
     ORDER: tl.tensor,  # (T,) int32
     GRAD: tl.tensor,  # (V, H), last stride 1
+    PARTS: tl.tensor,  # (tiles, 2, H) float32: of the run that began before the tile, of the one that goes on after it
     slots: tl.tensor,  # T
     vocab: tl.tensor,  # V
     hidden: tl.tensor,  # H
@@ -89,45 +90,71 @@ def embedding_backward_kernel(
     ADD: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    FOLLOW: tl.constexpr,
 ) -> None:
-    program, strips = tl.program_id(0), tl.cdiv(hidden, COLUMNS)
-    begin = (program // strips) * SLOTS
-    end = begin + SLOTS
-    column = ((program % strips) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    at = begin + tl.arange(0, SLOTS)
+    strips = tl.cdiv(hidden, COLUMNS)
+    tile = tl.program_id(0) // strips
+    column = ((tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    at = tile * SLOTS + tl.arange(0, SLOTS)
     slot, token = _token_at(TOKENS, ORDER, at, slots, -1)
-    _, following = _token_at(TOKENS, ORDER, at + 1, slots, -1)
-    _, before = _token_at(TOKENS, ORDER, begin - 1, slots, -1)
-    _, last = _token_at(TOKENS, ORDER, end - 1, slots, -1)
-    _, beyond = _token_at(TOKENS, ORDER, end, slots, -2)
+    _, following = _token_at(TOKENS, ORDER, at + 1, slots, -2)
+    _, before = _token_at(TOKENS, ORDER, tile * SLOTS - 1, slots, -1)
+    _, beyond = _token_at(TOKENS, ORDER, tile * SLOTS + SLOTS, slots, -2)
 
-    mask = (at < slots)[:, None] & (column < hidden)
-    x = tl.load(D_OUT + (slot * d_out_stride)[:, None] + column, mask=mask, other=0.0)
+    # the last row of each run here stands for it
+    final = ((token != following) | (at == tile * SLOTS + SLOTS - 1)) & (token >= 0) & (token < vocab)
+    shared = (token == before) | (token == beyond)
+    whole = (final & ~shared)[:, None] & (column < hidden)
+    grad = GRAD + (token * grad_stride)[:, None] + column
+    x = tl.load(
+        D_OUT + (slot * d_out_stride)[:, None] + column, mask=(at < slots)[:, None] & (column < hidden), other=0.0
+    )
+    if ADD:
+        held = tl.load(grad, mask=whole, other=0.0)  # beside the gather, not after it
     same = (token[:, None] == token[None, :]).to(x.dtype)
     sums = tl.dot(same, x, input_precision="ieee")  # row i: all of its token here
+    part = (tile * 2 + tl.where(token == before, 0, 1)).to(tl.int64)
+    tl.store(PARTS + (part * hidden)[:, None] + column, sums, mask=(final & shared)[:, None] & (column < hidden))
+    if ADD:
+        sums += held.to(tl.float32)
+    tl.store(grad, sums.to(GRAD.dtype.element_ty), mask=whole)
 
-    if (last == beyond) & (last != before):  # the last run began here and goes on: follow it
-        rest = tl.zeros((COLUMNS,), tl.float32)
+
+@triton.jit
+def embedding_join_kernel(
+    TOKENS: tl.tensor,
+    ORDER: tl.tensor,
+    GRAD: tl.tensor,
+    PARTS: tl.tensor,
+    slots: tl.tensor,
+    vocab: tl.tensor,
+    hidden: tl.tensor,
+    grad_stride: tl.tensor,
+    ADD: tl.constexpr,
+    SLOTS: tl.constexpr,  # of a tile
+    TILES: tl.constexpr,  # whose parts are added at a time
+    COLUMNS: tl.constexpr,
+) -> None:
+    strips = tl.cdiv(hidden, COLUMNS)
+    tile = tl.program_id(0) // strips
+    column = (tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS)
+    _, before = _token_at(TOKENS, ORDER, tile * SLOTS - 1, slots, -1)
+    _, last = _token_at(TOKENS, ORDER, tile * SLOTS + SLOTS - 1, slots, -1)
+    _, beyond = _token_at(TOKENS, ORDER, tile * SLOTS + SLOTS, slots, -2)
+    if (last == beyond) & (last != before) & (last >= 0) & (last < vocab):  # a run begins in this tile and goes on
+        total = tl.load(PARTS + (tile * 2 + 1).to(tl.int64) * hidden + column, mask=column < hidden, other=0.0)
         going = last == beyond
         while going:
-            further, ahead = _token_at(TOKENS, ORDER, end + tl.arange(0, FOLLOW), slots, -2)
-            mine = ahead == last
-            more = D_OUT + (further * d_out_stride)[:, None] + column
-            rows = tl.load(more, mask=mine[:, None] & (column < hidden), other=0.0)
-            rest += tl.sum(rows.to(tl.float32), axis=0)
-            end += FOLLOW
-            going = tl.sum(mine.to(tl.int32), axis=0) == FOLLOW
-        sums += tl.where((token == last)[:, None], rest[None, :], 0.0)
-
-    # each run is written at its last slot here, unless it began before
-    final = (token != following) | (at == begin + SLOTS - 1)
-    writes = final & (token != before) & (token >= 0) & (token < vocab)
-    mask = writes[:, None] & (column < hidden)
-    grad = GRAD + (token * grad_stride)[:, None] + column
-    if ADD:
-        sums += tl.load(grad, mask=mask, other=0.0).to(tl.float32)
-    tl.store(grad, sums.to(GRAD.dtype.element_ty), mask=mask)
+            further = tile + 1 + tl.arange(0, TILES)
+            _first, token = _token_at(TOKENS, ORDER, further * SLOTS, slots, -2)
+            mine = token == last
+            parts = PARTS + (further * 2).to(tl.int64)[:, None] * hidden + column[None, :]
+            total += tl.sum(tl.load(parts, mask=mine[:, None] & (column < hidden)[None, :], other=0.0), axis=0)
+            tile += TILES
+            going = tl.sum(mine.to(tl.int32), axis=0) == TILES
+        grad = GRAD + last * grad_stride + column
+        if ADD:
+            total += tl.load(grad, mask=column < hidden, other=0.0).to(tl.float32)
+        tl.store(grad, total.to(GRAD.dtype.element_ty), mask=column < hidden)
 
 
 def embedding_forward(tokens: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -182,11 +209,14 @@ def embedding_backward(d_out: Tensor, tokens: Tensor, token_order: Tensor, grad:
     if d_out.numel() == 0:
         return
     assert d_out.stride(1) == grad.stride(1) == tokens.stride(0) == token_order.stride(0) == 1
+    tiles = triton.cdiv(slots, BACKWARD.slots)
+    parts = torch.empty(tiles, 2, hidden, dtype=torch.float32, device=grad.device)
     embedding_backward_kernel[_grid(slots, hidden, BACKWARD)](
         d_out,
         tokens,
         token_order,
         grad,
+        parts,
         slots,
         vocab,
         hidden,
@@ -195,13 +225,27 @@ def embedding_backward(d_out: Tensor, tokens: Tensor, token_order: Tensor, grad:
         ADD=add,
         SLOTS=BACKWARD.slots,
         COLUMNS=BACKWARD.columns,
-        FOLLOW=FOLLOW,
         num_warps=_warps(BACKWARD),
+    )
+    embedding_join_kernel[(tiles * triton.cdiv(hidden, JOIN.columns),)](
+        tokens,
+        token_order,
+        grad,
+        parts,
+        slots,
+        vocab,
+        hidden,
+        grad.stride(0),
+        ADD=add,
+        SLOTS=BACKWARD.slots,
+        TILES=JOIN.slots,
+        COLUMNS=JOIN.columns,
+        num_warps=_warps(JOIN),
     )
 
 
 def _grid(slots: int, hidden: int, config: Config) -> tuple[int]:
-    assert slots + config.slots + FOLLOW < 2**31
+    assert slots + config.slots * (JOIN.slots + 1) < 2**31
     return (triton.cdiv(slots, config.slots) * triton.cdiv(hidden, config.columns),)
 
 

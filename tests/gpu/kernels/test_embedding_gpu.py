@@ -89,7 +89,9 @@ def test_into_a_buffer(kept: torch.dtype, add: bool) -> None:
     assert torch.equal(results[0][absent], wide[absent, 16:] if add else torch.zeros_like(results[0][absent]))
 
 
-@pytest.mark.parametrize("runs", [(1,), (31, 2), (32, 33), (5, 200, 1), (32 + 64, 3), (9000,), (1,) * 100])
+@pytest.mark.parametrize(
+    "runs", [(1,), (31, 2), (32, 33), (5, 200, 1), (32 * 17, 3), (30, 32 * 16 + 1), (9000,), (1,) * 100]
+)
 def test_runs_of_every_length(runs: tuple[int, ...]) -> None:
     from chronicals.kernels.fused.embedding import embedding
 

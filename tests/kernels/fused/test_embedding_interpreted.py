@@ -10,7 +10,7 @@ from chronicals.kernels.embedding import embedding_reference
 from chronicals.kernels.fused import embedding as fused
 from tests.kernels.numerics import assert_matches, relative_error
 
-SLOTS, FOLLOW = fused.BACKWARD.slots, fused.FOLLOW
+SLOTS, TILES = fused.BACKWARD.slots, fused.JOIN.slots
 
 
 def order(tokens: Tensor) -> Tensor:
@@ -23,20 +23,20 @@ def of_runs(*lengths: int) -> Tensor:
     return tokens[torch.randperm(len(tokens))]
 
 
-# runs that end at a program's last slot, one before, one past; that fill programs; that are followed exactly to the end
+# runs that end at a tile's last slot, one before, one past; that fill tiles; that are joined in one step and in several
 RUNS = {
     "one": (1,),
     "few": (3, 1, 3),
     "each its own": (1,) * 33,
-    "a program": (SLOTS,),
-    "two programs": (SLOTS, SLOTS),
+    "a tile": (SLOTS,),
+    "two tiles": (SLOTS, SLOTS),
     "one past": (SLOTS + 1, 2),
     "one before": (SLOTS - 1, 2, SLOTS),
     "into the next and on": (5, SLOTS, 3, SLOTS, 1),
-    "whole programs between": (20, 3 * SLOTS, 7),
-    "followed to the end of a step": (SLOTS + FOLLOW, 4),
-    "followed to the end of all": (2, SLOTS + 2 * FOLLOW - 2),
-    "one token alone": (5 * SLOTS + 1,),
+    "whole tiles between": (20, 3 * SLOTS, 7),
+    "joined in one step": (SLOTS + TILES * SLOTS, 4),
+    "in two, to the end of all": (2, SLOTS + 2 * TILES * SLOTS - 2),
+    "one token alone": (2 * TILES * SLOTS + 1,),
 }
 
 
