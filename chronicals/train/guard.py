@@ -41,6 +41,7 @@ class Guard:
             live memory, in the order in which `watch_gradients` gets their norms.
         min_lr: steps with a lower learning rate do not count as steps in which weights should move.
         step: the last step that was trained before.
+        half: the run computes in float16, so a loss that is not finite may be one of range.
         horizon: steps after which a tensor that never had a gradient, or did not move, stops the run.
     """
 
@@ -51,10 +52,11 @@ class Guard:
         *,
         min_lr: float = 0.0,
         step: int = 0,
+        half: bool = False,
         horizon: int = HORIZON,
     ) -> None:
         self._parameters, self._weights = dict(parameters), weights
-        self._min_lr, self._horizon = min_lr, horizon
+        self._min_lr, self._half, self._horizon = min_lr, half, horizon
         live = weights()
         self.names = list(live)
         device = next(iter(live.values())).device
@@ -155,6 +157,8 @@ class Guard:
         broken = [name for name, weight in self._weights().items() if not bool(torch.isfinite(weight).all())]
         if broken:
             return f"not finite among the weights: {_listing(broken)}; use another checkpoint or a lower learning_rate"
+        if self._half:
+            return "all weights are finite, so what is computed left float16's range; train in float32 (bf16: false)"
         return "all weights are finite; lower learning_rate, warm up longer, or look at the data of this step"
 
 

@@ -194,7 +194,9 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
     def watched() -> dict[str, Tensor]:
         return dict(hf_views(model, {name: p.detach() for name, p in trainable.items()} | optimizer.state()["master"]))
 
-    guard = Guard(hf_names, watched, min_lr=config.learning_rate / 10, step=state.step)
+    guard = Guard(
+        hf_names, watched, min_lr=config.learning_rate / 10, step=state.step, half=start.dtype == torch.float16
+    )
     gradients = Gradients(model, trainable, accumulate=config.gradient_accumulation_steps > 1)
     loss = model.ops.linear_cross_entropy
     step = step_class(config.cuda_graph, start.device, ops, notes)(
