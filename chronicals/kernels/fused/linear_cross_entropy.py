@@ -299,6 +299,7 @@ class _Sum(torch.autograd.Function):
         plan: Plan,
         options: HeadOptions,
         sink: GradSink | None,
+        scratch: Tensor | None,
     ) -> Tensor:
         inputs = (hidden, weight, target_rows, targets)
         wanted = _Wanted.open(hidden, weight, ctx.needs_input_grad, sink)
@@ -306,7 +307,14 @@ class _Sum(torch.autograd.Function):
         if plan.chunk_rows:
             losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
             linear_cross_entropy_by_rows(
-                *inputs, grad_scale, losses, *gradients, add=wanted.add, options=options, chunk_rows=plan.chunk_rows
+                *inputs,
+                grad_scale,
+                losses,
+                *gradients,
+                add=wanted.add,
+                options=options,
+                chunk_rows=plan.chunk_rows,
+                scratch=scratch,
             )
         else:
             losses, lse = linear_cross_entropy_losses(*inputs, options=options, block_columns=plan.block_columns)
@@ -329,7 +337,7 @@ class _Sum(torch.autograd.Function):
         for gradient in (dhidden, dweight):
             if gradient is not None:
                 scale_(gradient, grad)
-        return dhidden, returned, *(None,) * 6
+        return dhidden, returned, *(None,) * 7
 
 
 class _Rows(torch.autograd.Function):
@@ -386,11 +394,12 @@ def _fused(call: Call) -> Tensor:
         hidden = hidden.contiguous()
     target_rows, targets, grad_scale = call.target_rows.contiguous(), call.targets.contiguous(), call.grad_scale.float()
     summed = call.reduction == "sum" and call.wants_gradients
-    scratch = summed and weight.requires_grad and weight.dtype != torch.float32
-    plan = plan_for(call.mode, call.chunk_rows, len(target_rows), hidden, weight, scratch)
+    rounds = summed and weight.requires_grad and weight.dtype != torch.float32
+    scratch = call.sink.scratch(weight) if rounds and call.sink is not None else None
+    plan = plan_for(call.mode, call.chunk_rows, len(target_rows), hidden, weight, rounds and scratch is None)
     inputs = (hidden, weight, target_rows, targets, grad_scale)
     if summed:
-        loss: Tensor = _Sum.apply(*inputs, plan, call.options, call.sink)
+        loss: Tensor = _Sum.apply(*inputs, plan, call.options, call.sink, scratch)
         return loss
     losses: Tensor = _Rows.apply(*inputs, plan.block_columns, call.options, call.sink)
     return losses.sum() if call.reduction == "sum" else losses

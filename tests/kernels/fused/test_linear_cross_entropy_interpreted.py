@@ -254,6 +254,20 @@ def test_the_sink_takes_the_weight_gradient(add: bool, mode: str, reduction: str
     torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_chunks_are_added_up_in_float32_in_what_the_sink_lends() -> None:
+    hidden, weight, *rest = problem(40, 8, 50)
+    hidden, weight = hidden.half(), weight.half().requires_grad_()
+    (once,) = torch.autograd.grad(fused.linear_cross_entropy(hidden, weight, *rest), weight)
+    for flat in (None, torch.full((3 * weight.numel() + 128,), math.nan, dtype=torch.float16)):
+        buffer = torch.full_like(weight, math.nan) if flat is None else flat[: weight.numel()].view(weight.shape)
+        sink = InPlace({weight: buffer.detach()}, accumulate=False, flat=flat)
+        fused.linear_cross_entropy(hidden, weight, *rest, mode="fast", chunk_rows=2, sink=sink).backward()
+        # one rounding, and the order of float32 sums: not a rounding for each of 11 chunks
+        assert (buffer - once).abs().max() <= 2**-10 * once.abs().max()
+        assert (buffer == once).float().mean() > 0.95
+        assert flat is None or not flat[weight.numel() :].isnan().all()
+
+
 @pytest.mark.parametrize("op", [fused.linear_cross_entropy, plain.linear_cross_entropy], ids=["fused", "plain"])
 def test_a_factor_that_comes_too_late_for_the_sink_is_nan(op) -> None:
     hidden, weight, *rest = problem(3, 8, 50)
