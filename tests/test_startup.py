@@ -15,7 +15,8 @@ HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "pandas", "datasets", "mat
 def test_training_imports_no_compiler_and_no_tables() -> None:
     code = (
         "import sys, torch; from chronicals.train import trainer; from chronicals.train.precision import reproducible\n"
-        "with reproducible(0, torch.device('cpu'), deterministic=True): import transformers; transformers.AutoTokenizer\n"
+        "with reproducible(0, torch.device('cpu'), deterministic=True):\n"
+        "    import transformers; transformers.AutoTokenizer\n"
         f"heavy = set({HEAVY}) & set(sys.modules); assert not heavy, heavy"
     )
     root = str(Path(chronicals.__file__).parents[1])
