@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from chronicals.kernels.linear_cross_entropy import HeadOptions
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy as plain
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy_reference as reference
 from tests.kernels.numerics import relative_error
@@ -19,6 +20,7 @@ pytestmark = [
 ]
 if torch.cuda.is_available():
     from chronicals.kernels.fused import linear_cross_entropy as fused
+    from chronicals.kernels.fused.cross_entropy_rows import CONFIGS, cross_entropy_rows_
     from chronicals.kernels.grad_sink import InPlace
 
 # value, gradients: logits and dlogits are rounded to the inputs' dtype between the matmuls
@@ -236,6 +238,27 @@ def test_captured_in_a_graph(mode: str, reduction: str) -> None:
     torch.cuda.synchronize()
     for one, two in zip(captured, expected, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("vocab", [16384, 50257, 128256, 151937])
+def test_whole_rows_in_every_way_of_walking_them(vocab: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(vocab)
+    raw = (4 * torch.randn(200, vocab + vocab % 2, generator=generator, device="cuda")).to(dtype)[:, :vocab]
+    targets = torch.randint(vocab, (200,), generator=generator, device="cuda")
+    targets[7] = -100
+    expected = F.cross_entropy(raw.double(), targets, reduction="none")
+    gradient = raw.double().softmax(1)
+    gradient[torch.arange(200), targets.clamp(min=0)] -= 1
+    gradient[7] = 0
+    scale = torch.full((1,), 512.0, device="cuda")
+    for name, config in CONFIGS.items():
+        if config.held and (dtype == torch.float32 or config.held * config.lanes * config.vec > vocab):
+            continue
+        logits, losses = raw.clone(), torch.full((200,), math.nan, device="cuda")
+        cross_entropy_rows_(logits, targets, scale, losses, HeadOptions(), config)
+        assert relative_error(losses, expected) < 2e-6, name
+        assert relative_error(logits, 512 * gradient) < {torch.float32: 2e-6}.get(dtype, 4e-3), name
 
 
 def test_a_factor_scales_in_place_and_is_nan_where_it_comes_too_late() -> None:
