@@ -1,5 +1,5 @@
 """Does a format of weights and optimizer states train what float32 masters train? A small model from random weights on
-real text, one run of the product's own trainer for each format, all at once on one device.
+real text, one run of the product's own trainer for each format; on a GPU all at once, each in a process of its own.
 
     python -m benchmarks.precision.run --data FILE.jsonl [--out benchmarks/results/precision.json] [--steps 1000]
 
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,20 @@ def table(results: Results, band: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def study(study: Study, workers: int) -> Results:
-    """Every arm; `workers` processes at a time, 0: in this one."""
-    if not workers:
+def run_all(study: Study, *, together: bool) -> Results:
+    """Every arm: in a process of its own, all at once, or one after the other in this one."""
+    if not together:
         return {arm.name: attempt(arm, study) for arm in ARMS}
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {arm.name: pool.submit(attempt, arm, study) for arm in ARMS}
-        return {name: future.result() for name, future in running.items()}
+    spawn, results = multiprocessing.get_context("spawn"), {}
+    pools = {arm.name: ProcessPoolExecutor(1, mp_context=spawn) for arm in ARMS}  # one that dies takes no other along
+    running = {arm.name: pools[arm.name].submit(attempt, arm, study) for arm in ARMS}
+    for name, future in running.items():
+        try:
+            results[name] = future.result()
+        except BrokenProcessPool as error:
+            results[name] = {"failed": str(error)}
+        pools[name].shutdown()
+    return results
 
 
 def main() -> int:
@@ -108,14 +116,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=len(ARMS), help="arms at a time, each a process; 0: this one")
     options = parser.parse_args()
     start, shape = time.perf_counter(), Shape()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, options.data, shape)
         shared = Study(folder, options.steps, options.learning_rate, 512, 8, options.device)
-        results = study(shared, options.workers)
+        results = run_all(shared, together=options.device == "cuda")
     band, wrong = judge(results)
     device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
     report = {
