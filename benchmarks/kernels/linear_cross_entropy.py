@@ -1,8 +1,8 @@
 """Linear cross-entropy: loss and gradients in one call, against its matmuls plus one read and one write of the logits.
 
-Every token is supervised. `fast` and `frugal` go through the public op, the weight's gradient into a float32 sink; the
-peers return theirs in bf16. The row kernel alone is timed in the ways to walk a row that were considered, the chosen
-one first.
+Every token is supervised. `fast` and `frugal` go through the public op, the weight's gradient into a float32 sink where
+nothing else is said; the peers return theirs in bf16. The row kernel alone is timed in the ways to walk a row that were
+considered, the chosen one first.
 """
 
 from __future__ import annotations
@@ -44,14 +44,22 @@ def inputs(shape: tuple[int, int, int], *, frozen: bool = False) -> list[Tensor]
     ]
 
 
-def ours(shape: tuple[int, int, int], *, frozen: bool = False, sink: bool = True, **options: object) -> Arm:
+def in_place(weight: Tensor, dtype: torch.dtype) -> InPlace:
+    """The weight's gradient; a bf16 one is the first of a flat buffer whose rest is lent to the sum in float32."""
+    size = weight.numel()
+    if dtype == torch.float32:
+        return InPlace({weight: torch.zeros(weight.shape, device="cuda")}, accumulate=False)
+    flat = torch.zeros(3 * size + 128, device="cuda", dtype=dtype)
+    return InPlace({weight: flat[:size].view(weight.shape)}, accumulate=False, flat=flat)
+
+
+def ours(
+    shape: tuple[int, int, int], *, frozen: bool = False, sink: torch.dtype | None = torch.float32, **options: object
+) -> Arm:
     def arm() -> Call:
         arguments = inputs(shape, frozen=frozen)
         wanted = arguments[:1] if frozen else arguments[:2]
-        weight = arguments[1]
-        into = None
-        if sink and not frozen:
-            into = InPlace({weight: torch.zeros(weight.shape, device="cuda")}, accumulate=False)
+        into = None if sink is None or frozen else in_place(arguments[1], sink)
 
         def call() -> object:
             if into is not None:
@@ -182,7 +190,9 @@ def cases() -> Iterable[Case]:
             peers |= {
                 "chunks of 2048": ours(shape, mode="fast", chunk_rows=2048),
                 "chunks of 8192": ours(shape, mode="fast", chunk_rows=8192),
-                "bf16 dW": ours(shape, mode="fast", sink=False),
+                "bf16 dW": ours(shape, mode="fast", sink=None),
+                "bf16 dW in place": ours(shape, mode="fast", sink=torch.bfloat16),
+                "the same, chunks of 2048": ours(shape, mode="fast", sink=torch.bfloat16, chunk_rows=2048),
             }
         yield case(shape, "fast", ours(shape, mode="fast"), peers=peers, at_least={"liger": least})
         frozen = {"liger": liger(shape, frozen=True)} if has_liger else {}
