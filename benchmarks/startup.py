@@ -146,7 +146,8 @@ def _label(frame: FrameType | None) -> str:
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if frame.f_code.co_name == "_find_and_load" and frame.f_code.co_filename.startswith("<frozen importlib"):
-            package = str(frame.f_locals.get("name")).partition(".")[0]  # the outermost is seen last
+            imported = str(frame.f_locals.get("name")).partition(".")[0]
+            package = package if imported == "chronicals" else imported  # the outermost is seen last
         elif name.startswith("chronicals.") and frame.f_code.co_name != "<module>":
             ours.append(frame.f_code.co_qualname)
         frame = frame.f_back

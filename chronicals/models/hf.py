@@ -1,8 +1,8 @@
 """Hugging Face checkpoints in and out: config.json and safetensors, streamed tensor by tensor, strict.
 
 This is the one place that knows both names of a tensor: fused weights (q, k, v; gate, up) come together on loading
-and apart in `hf_views`. Loading copies each tensor straight into its slice of ours, so no more than one is held
-twice. Saving writes each file aside, fsyncs it and renames it, so that a file under its final name is whole. Left
+and apart in `hf_views`. Loading reads each file once, front to back (shards.py), straight into our slices on the
+device. Saving writes each file aside, fsyncs it and renames it, so that a file under its final name is whole. Left
 out: pickled weights (`.bin`: loading one runs code), quantised checkpoints.
 """
 
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from chronicals.kernels.ops import REFERENCE, Ops
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.families import FAMILIES
+from chronicals.models.shards import FLOATS, Stored, stored_tensors, stream
 
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
@@ -36,7 +36,6 @@ DOWNLOADS = (_CONFIG, "generation_config.json", "model*.safetensors", _INDEX)
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 # old checkpoints store what is computed anyway
 _HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load_model(
@@ -65,12 +64,13 @@ def load_model(
     model = Decoder(config, ops, device=device, dtype=dtype)
     wanted = dict(hf_views(model, {name: parameter.detach() for name, parameter in model.named_parameters()}))
     _check_names(folder, stored, wanted, tied=config.tie_word_embeddings)
-    for file in sorted(set(stored.values())):
-        with _open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if name in wanted:
-                    _check_tensor(file, name, tensors.get_slice(name), wanted[name])
-                    wanted[name].copy_(tensors.get_tensor(name))
+    for name, target in wanted.items():
+        _check_tensor(name, stored[name], target)
+    for name, start, piece in stream({name: stored[name] for name in wanted}, model.embed_tokens.weight.device):
+        target = wanted[name].view(-1)[start : start + len(piece)]
+        if piece.dtype != target.dtype:  # converted there: on the host it would be slow, and waited for
+            piece = piece.to(target.device, non_blocking=True)
+        target.copy_(piece, non_blocking=True)
     if config.tie_word_embeddings and "lm_head.weight" in stored:
         _check_tie(stored["lm_head.weight"], model)
     return model
@@ -202,27 +202,27 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _stored_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> its file, from the files' own headers; the index must agree with them."""
+def _stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Tensor name -> where it is, from the files' own headers; the index must agree with them."""
     index_file = folder / _INDEX
     if (folder / _SINGLE).is_file():
-        return dict.fromkeys(_names(folder / _SINGLE), folder / _SINGLE)
+        return stored_tensors(folder / _SINGLE)
     if not index_file.is_file():
         raise _no_weights(folder)
     try:
         weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError("this is not a safetensors index", "download it again", file=index_file) from error
-    stored: dict[str, Path] = {}
+    stored: dict[str, Stored] = {}
     for file_name in sorted(set(weight_map.values())):
         file = folder / file_name
         if not file.is_file():
             raise UserError(
                 f"the file {file_name} that the index names is missing", "download it again", file=index_file
             )
-        stored |= dict.fromkeys(_names(file), file)
+        stored |= stored_tensors(file)
     for name, file_name in weight_map.items():
-        if stored.get(name) != folder / file_name:
+        if name not in stored or stored[name].file != folder / file_name:
             raise UserError(
                 f"the index puts tensor {name} here, but it is not", "download it again", file=folder / file_name
             )
@@ -245,49 +245,41 @@ def _no_weights(folder: Path) -> UserError:
     )
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the file is damaged or cut short ({error})", "download it again", file=file) from error
-
-
-def _names(file: Path) -> list[str]:
-    with _open(file) as tensors:
-        return list(tensors.keys())
-
-
-def _check_names(folder: Path, stored: Mapping[str, Path], wanted: Mapping[str, Tensor], *, tied: bool) -> None:
+def _check_names(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Tensor], *, tied: bool) -> None:
     mend = "take config.json and weights from the same repository"
     for name in wanted:
         if name not in stored:
             raise UserError(f"tensor {name} is missing", mend, file=folder)
-    for name, file in stored.items():
+    for name, tensor in stored.items():
         duplicate = tied and name == "lm_head.weight"
         if name not in wanted and not duplicate and not _HARMLESS.fullmatch(name):
-            raise UserError(f"tensor {name} does not belong to the model that config.json describes", mend, file=file)
+            raise UserError(
+                f"tensor {name} does not belong to the model that config.json describes", mend, file=tensor.file
+            )
 
 
-def _check_tensor(file: Path, name: str, stored: Any, wanted: Tensor) -> None:
-    shape = tuple(stored.get_shape())
-    if shape != tuple(wanted.shape):
+def _check_tensor(name: str, stored: Stored, wanted: Tensor) -> None:
+    if stored.shape != tuple(wanted.shape):
         raise UserError(
-            f"tensor {name} has shape {shape}, config.json asks for {tuple(wanted.shape)}",
+            f"tensor {name} has shape {stored.shape}, config.json asks for {tuple(wanted.shape)}",
             "take config.json and weights from the same repository",
-            file=file,
+            file=stored.file,
         )
-    if stored.get_dtype() not in _FLOATS:
+    if stored.dtype not in FLOATS:
         raise UserError(
-            f"tensor {name} is stored as {stored.get_dtype()}", "use the checkpoint in 16 or 32 bits", file=file
+            f"tensor {name} is stored as {stored.dtype}", "use the checkpoint in 16 or 32 bits", file=stored.file
         )
 
 
-def _check_tie(file: Path, model: Decoder) -> None:
-    with _open(file) as tensors:
-        head = tensors.get_tensor("lm_head.weight").to(model.embed_tokens.weight)
-    if not torch.equal(head, model.embed_tokens.weight):
+def _check_tie(stored: Stored, model: Decoder) -> None:
+    embedding = model.embed_tokens.weight.detach()
+    _check_tensor("lm_head.weight", stored, embedding)
+    same = torch.ones((), dtype=torch.bool, device=embedding.device)
+    for _, start, piece in stream({"lm_head.weight": stored}, embedding.device):
+        same &= (piece.to(embedding) == embedding.view(-1)[start : start + len(piece)]).all()
+    if not same:
         raise UserError(
             "lm_head.weight differs from the embedding although config.json ties them",
             "set tie_word_embeddings to false in config.json",
-            file=file,
+            file=stored.file,
         )

@@ -70,7 +70,9 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(folder: Path) -> None:
 
 def test_a_part_of_a_fused_weight_must_fit_its_own_slice(folder: Path) -> None:
     edit_config(folder, num_key_value_heads=4)
-    assert "tensor model.layers.0.self_attn.k_proj.bias has shape (16,), config.json asks for (32,)" in refusal(folder)
+    assert "tensor model.layers.0.self_attn.k_proj.weight has shape (16, 32), config.json asks for (32, 32)" in refusal(
+        folder
+    )
 
 
 def test_a_quantised_tensor_is_refused(folder: Path) -> None:
