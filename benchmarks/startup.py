@@ -44,7 +44,7 @@ def make_job(folder: Path, options: argparse.Namespace) -> Path:
     from chronicals.models.hf import load_config, save_model
 
     draw = random.Random(0)
-    numbers = [(draw.randrange(1000), draw.randrange(1000)) for _ in range(8000)]
+    numbers = [(draw.randrange(1000), draw.randrange(1000)) for _ in range(4000)]
     chats = [{"instruction": f"What is {a} and {b}?", "output": f"{a} + {b} is {a + b}."} for a, b in numbers]
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     model = folder / "model"
