@@ -202,3 +202,15 @@ def test_no_gradient_under_no_grad() -> None:
         loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), *rest)
     assert not loss.requires_grad
     assert not {(65, 7), (50, 7)} & largest.shapes
+
+
+@pytest.mark.parametrize("chunks", [2, 4, 8])
+def test_rounding_a_sum_of_chunks(chunks: int) -> None:
+    """docs/math/linear-cross-entropy.md: n parts added up in bf16 cost sqrt((n + 1) / 2) of one rounding's error."""
+    parts = torch.randn(chunks, 100_000)
+    exact = parts.double().sum(0)
+    total = torch.zeros(100_000, dtype=torch.bfloat16)
+    for part in parts:
+        total = (total.float() + part).bfloat16()
+    ratio = (total - exact).norm() / (exact.bfloat16() - exact).norm()
+    assert ratio == pytest.approx(((chunks + 1) / 2) ** 0.5, rel=0.05)
