@@ -85,7 +85,10 @@ def spawn(arguments: list[str], caches: Path, log: Path) -> str | None:
 
 
 def machine(argv: list[str], commit: str | None) -> dict[str, Any]:
-    """Where and with what this was measured; `commit` where the files are a copy without history."""
+    """With what this was measured; `commit` where the files are a copy without history.
+
+    This process stays off the GPU: what is in use there is the arms'.
+    """
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -99,7 +102,6 @@ def machine(argv: list[str], commit: str | None) -> dict[str, Any]:
             versions[package] = None
     asked = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,
         "commit": commit or (asked.stdout.strip() if asked.returncode == 0 else None),
         "command": " ".join(["python -m benchmarks.step.run", *argv]),
@@ -141,7 +143,8 @@ class Runner:
             self.where | prepared | {"title": work.title, "tokens": work.tokens, "flops": work.flops(), "arms": {}}
         )
         self.record["works"][work.name] = section
-        print(f"-- {work.name}: {work.title}; transformers in float32: {prepared['expected']}", flush=True)
+        print(f"-- {work.name}: {work.title}; {prepared['gpu']} {prepared['ceilings']}", flush=True)
+        print(f"   transformers in float32: {prepared['expected']}", flush=True)
         for name in arms:
             asked = [*base, "--arm", name, "--folder", str(checkpoint), "--expected", json.dumps(prepared["expected"])]
             row = self.child([*asked, "--ceilings", json.dumps(prepared["ceilings"])], f"{work.name}_{name}")
@@ -161,16 +164,18 @@ class Runner:
 
 
 def prepare(work: Work, folder: Path, data: Path | None) -> dict[str, Any]:
-    """In a child: the checkpoint, what transformers computes on it, and what this machine does at best."""
+    """In a child: the GPU, what it does at best, the checkpoint, and what transformers computes on it."""
     from benchmarks.step.reference import expected, make_checkpoint
 
     make_checkpoint(work, folder, texts() if data is None else [question + answer for question, answer in read(data)])
-    ceilings = None
+    gpu = ceilings = None
     if work.device == "cuda":
+        import torch
+
         from benchmarks.kernels.run import ceilings as measured
 
-        ceilings = measured()
-    return {"expected": expected(work, folder) if data is None else None, "ceilings": ceilings}
+        gpu, ceilings = torch.cuda.get_device_name(), measured()
+    return {"expected": expected(work, folder) if data is None else None, "gpu": gpu, "ceilings": ceilings}
 
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
@@ -245,7 +250,7 @@ def main(argv: list[str]) -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(options.out, machine(argv, options.commit), Path(folder))
-        print(runner.where["gpu"], runner.where["versions"], runner.where["commit"], flush=True)
+        print(runner.where["versions"], runner.where["commit"], flush=True)
         passed = ["--profile"] if options.profile else []
         passed += ["--steps", str(options.steps)] if options.steps else []
         passed += ["--data", str(options.data.absolute())] if options.data else []

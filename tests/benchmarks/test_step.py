@@ -145,7 +145,7 @@ def test_every_arm_starts_in_a_process_of_its_own_and_the_file_keeps_other_works
         started.append(command)
         out = Path(command[command.index("--out") + 1])
         if "--prepare" in command:
-            out.write_text(json.dumps({"expected": {"loss": 1.0, "grad_norm": 1.0}, "ceilings": None}))
+            out.write_text(json.dumps({"expected": {"loss": 1.0, "grad_norm": 1.0}, "gpu": None, "ceilings": None}))
         elif command[command.index("--arm") + 1] == "eager":
             settings["stdout"].write("Segmentation fault\n")
             settings["stdout"].flush()
