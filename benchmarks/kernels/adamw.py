@@ -1,8 +1,8 @@
 """The optimizer's update and the gradient norm over the tensors of Qwen2.5-0.5B, 494M parameters, in each format.
 
-Bytes: a number that is kept is read and written, a gradient read. Peers: torch's fused kernel on the same memory where
+Bytes: a number that is kept is read and written, a gradient read. Peer: torch's fused kernel on the same memory where
 it has the format (float32 moments: on the masters, with float32 gradients, and a copy to the weights, as torch does
-mixed precision; bfloat16: without stochastic rounding), and other launches of ours.
+mixed precision; bfloat16: without stochastic rounding).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.kernels.harness import Arm, Call, Case
 from chronicals.kernels.adamw import BLOCK, AdamWSlot, adamw_reference, grad_norm_reference
-from chronicals.kernels.fused import adamw as fused
+from chronicals.kernels.fused.adamw import FusedAdamW
 from chronicals.kernels.fused.grad_norm import GradNorm
 
 HIDDEN, LAYERS, WIDE, QKV, VOCABULARY = 896, 24, 4864, 1152, 151936
@@ -27,9 +27,7 @@ BETAS, EPS, LR, CLIP = (0.9, 0.95), 1e-8, 1e-3, 0.5
 # name -> weight, moments, master, gradients
 FORMATS = {
     "bf16, no master": (BF16, "bfloat16", False, BF16),
-    "bf16, no master, fp32 gradients": (BF16, "bfloat16", False, FP32),
     "fp32 master and moments": (BF16, "float32", True, BF16),
-    "fp32 all": (FP32, "float32", False, FP32),
     "8-bit, no master": (BF16, "int8", False, BF16),
     "8-bit, fp32 master": (BF16, "int8", True, BF16),
 }
@@ -57,7 +55,7 @@ def gate(name: str) -> None:
     ours, grads = make(name, GATE_SHAPES)
     theirs = [AdamWSlot(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(s).items()}) for s in ours]
     before = [slot.weight.clone() for slot in ours]
-    update = fused.FusedAdamW(ours, betas=BETAS, eps=EPS, seed=3)
+    update = FusedAdamW(ours, betas=BETAS, eps=EPS, seed=3)
     for step in range(1, 4):
         update.step(grads, *scalars(step))
         for i, (slot, grad) in enumerate(zip(theirs, grads, strict=True)):
@@ -73,22 +71,11 @@ def gate(name: str) -> None:
                 assert off.double().mean() <= 1e-3, f"{piece} of tensor {i}: {off.double().mean():.2%} differ"
 
 
-def ours(name: str, tile: int = fused.TILE, **options: int) -> Arm:
-    """The update; with another tile, or with `options` of the launch instead of the chosen ones."""
-
+def ours(name: str) -> Arm:
     def arm() -> Call:
         slots, grads = make(name, SHAPES)
-        chosen = fused.launch_options, fused.TILE
-        fused.TILE = tile
-        update, values = fused.FusedAdamW(slots, betas=BETAS, eps=EPS), scalars()
-
-        def call() -> None:
-            fused.launch_options, fused.TILE = ((lambda slot, grad: options) if options else chosen[0]), tile
-            update.step(grads, *values)
-            fused.launch_options, fused.TILE = chosen
-
-        fused.TILE = chosen[1]
-        return call
+        update, values = FusedAdamW(slots, betas=BETAS, eps=EPS), scalars()
+        return lambda: update.step(grads, *values)
 
     return arm
 
@@ -153,15 +140,7 @@ def foreach_norm(dtype: torch.dtype) -> Arm:
 
 def cases() -> Iterator[Case]:
     elements = sum(torch.Size(shape).numel() for shape in SHAPES)
-    for name, (_, state, _, grad) in FORMATS.items():
-        peers = {
-            f"{tile}, {warps} warps": ours(name, tile, num_warps=warps) for tile in (4096, 16384) for warps in (4, 8)
-        }
-        if state != "float32":
-            for tile in (4096, 16384):
-                peers |= {f"{tile}, 4 of {n}": ours(name, tile, num_warps=4, maxnreg=n) for n in (96, 80, 64)}
-        if state != "int8" and not (state == "bfloat16" and grad == FP32):
-            peers = {"torch fused": torch_fused(name), **peers}
+    for name, (_, state, _, _) in FORMATS.items():
         yield Case(
             op=f"adamw, {name}",
             shape=f"{elements:,} parameters",
@@ -169,7 +148,7 @@ def cases() -> Iterator[Case]:
             bytes=update_bytes(name, elements),
             gate=lambda name=name: gate(name),
             ours=ours(name),
-            peers=peers,
+            peers={} if state == "int8" else {"torch fused": torch_fused(name)},
             target=0.85,
         )
     for dtype in (BF16, FP32):
