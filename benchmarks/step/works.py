@@ -104,6 +104,7 @@ WORKS = {
     for work in (
         Work("full05", "Qwen2.5-0.5B, full, 8 x 2048", QWEN_05B, 8, 2048),
         Work("full05s", "Qwen2.5-0.5B, full, 4 x 512", QWEN_05B, 4, 512),
+        Work("full05_16", "Qwen2.5-0.5B, full, 16 x 2048", QWEN_05B, 16, 2048),  # where a peer gains by larger batches
         Work("tiny", "two layers on a CPU, for the harness's own tests", TINY, 2, 48, "cpu", 1, 3),
     )
 }
