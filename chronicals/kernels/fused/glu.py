@@ -19,7 +19,7 @@ Left out: gate and up in two buffers (ours share one), interleaved columns, floa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,7 +29,16 @@ from torch.autograd.function import once_differentiable
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK, WARPS = 1024, 4  # columns of one row a program handles: two 16-byte loads a thread of bf16
+
+
+class Config(NamedTuple):
+    """How a kernel is launched."""
+
+    block: int  # columns of one row that a program handles
+    warps: int
+
+
+FORWARD = BACKWARD = Config(1024, 4)  # two 16-byte loads a thread of bf16
 
 
 @triton.jit
@@ -72,6 +81,19 @@ def _activate(gate: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _load_gate_and_up(GATE_UP: tl.tensor, width: tl.tensor, stride: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """This program's row, its columns and which of them exist; there the gate and the up projection, float32."""
+    blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    gate_at = GATE_UP + row * stride + cols
+    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_at + width, mask=mask, other=0.0).to(tl.float32)
+    return row, cols, mask, gate, up
+
+
+@triton.jit
 def glu_forward_kernel(
     GATE_UP: tl.tensor,  # (T, 2 width): gate, then up; the last stride is 1, as of OUT
     OUT: tl.tensor,  # (T, width)
@@ -81,13 +103,7 @@ def glu_forward_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    blocks = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < width
-    gate_at = GATE_UP + row * gate_up_stride + cols
-    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_at + width, mask=mask, other=0.0).to(tl.float32)
+    row, cols, mask, gate, up = _load_gate_and_up(GATE_UP, width, gate_up_stride, BLOCK)
     value, _ = _activate(gate, ACTIVATION)
     tl.store(OUT + row * out_stride + cols, (value * up).to(OUT.dtype.element_ty), mask=mask)
 
@@ -106,13 +122,7 @@ def glu_backward_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    blocks = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < width
-    gate_at = GATE_UP + row * gate_up_stride + cols
-    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_at + width, mask=mask, other=0.0).to(tl.float32)
+    row, cols, mask, gate, up = _load_gate_and_up(GATE_UP, width, gate_up_stride, BLOCK)
     d_out = tl.load(D_OUT + row * d_out_stride + cols, mask=mask, other=0.0).to(tl.float32)
     value, slope = _activate(gate, ACTIVATION)
     d_gate_at = D_GATE_UP + row * d_gate_up_stride + cols
@@ -150,15 +160,15 @@ def glu_forward(gate_up: Tensor, activation: str, *, out: Tensor | None = None) 
     _check(activation, gate_up, out)
     assert gate_up.shape == (tokens, 2 * width) and out.shape == (tokens, width)
     if out.numel():
-        glu_forward_kernel[(tokens * triton.cdiv(width, BLOCK),)](
+        glu_forward_kernel[(tokens * triton.cdiv(width, FORWARD.block),)](
             gate_up,
             out,
             width,
             gate_up.stride(0),
             out.stride(0),
             ACTIVATION=activation,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
+            BLOCK=FORWARD.block,
+            num_warps=FORWARD.warps,
         )
     return out
 
@@ -182,7 +192,7 @@ def glu_backward(
     _check(activation, d_out, gate_up, d_gate_up, *(() if out is None else (out,)))
     assert gate_up.shape == d_gate_up.shape == (tokens, 2 * width) and (out is None or out.shape == d_out.shape)
     if d_out.numel():
-        glu_backward_kernel[(tokens * triton.cdiv(width, BLOCK),)](
+        glu_backward_kernel[(tokens * triton.cdiv(width, BACKWARD.block),)](
             d_out,
             gate_up,
             d_gate_up,
@@ -193,8 +203,8 @@ def glu_backward(
             d_gate_up.stride(0),
             0 if out is None else out.stride(0),
             ACTIVATION=activation,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
+            BLOCK=BACKWARD.block,
+            num_warps=BACKWARD.warps,
         )
     return d_gate_up
 

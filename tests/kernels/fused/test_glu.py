@@ -14,9 +14,12 @@ BACKWARD = {**dict.fromkeys(("D_OUT", "GATE_UP", "D_GATE_UP", "OUT"), "*bf16"), 
 
 @pytest.mark.parametrize("activation", fused.ACTIVATIONS)
 def test_compiles(activation: str) -> None:
-    constexprs = {"ACTIVATION": activation, "BLOCK": fused.BLOCK}
-    for kernel, signature in ((fused.glu_forward_kernel, FORWARD), (fused.glu_backward_kernel, BACKWARD)):
-        compiled = compile_all(kernel, signature, constexprs, num_warps=fused.WARPS)
+    for kernel, signature, config in (
+        (fused.glu_forward_kernel, FORWARD, fused.FORWARD),
+        (fused.glu_backward_kernel, BACKWARD, fused.BACKWARD),
+    ):
+        constexprs = {"ACTIVATION": activation, "BLOCK": config.block}
+        compiled = compile_all(kernel, signature, constexprs, num_warps=config.warps)
         assert not any(one.stack for one in compiled.values())
         assert "ld.global.v4" in compiled["sm_90"].assembly
 
@@ -25,5 +28,5 @@ def test_the_other_forms_compile() -> None:
     """Float32, unaligned, and without the product."""
     signature = {name: kind.replace("*bf16", "*fp32:1").split(":16")[0] for name, kind in BACKWARD.items()}
     del signature["OUT"]
-    constexprs = {"ACTIVATION": "silu", "BLOCK": fused.BLOCK, "OUT": None}
-    compile_all(fused.glu_backward_kernel, signature, constexprs, num_warps=fused.WARPS)
+    constexprs = {"ACTIVATION": "silu", "BLOCK": fused.BACKWARD.block, "OUT": None}
+    compile_all(fused.glu_backward_kernel, signature, constexprs, num_warps=fused.BACKWARD.warps)
