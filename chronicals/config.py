@@ -169,8 +169,10 @@ class TrainConfig(_Strict):
     max_steps: Count | None = None
     """Optimizer steps, where not `num_epochs` decides."""
     # Optimizer
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW with float32 state; weight decay on matrices only."""
+    optimizer: Literal["adamw", "adamw_bf16_sr", "adamw_8bit"] = "adamw"
+    """AdamW. `adamw`: float32 moments, and float32 masters of 16-bit weights (14 bytes a parameter). `adamw_bf16_sr`:
+    bf16 weights without master, rounded stochastically, and bf16 moments (6). `adamw_8bit`: the same weights and
+    blockwise 8-bit moments (4)."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate."""
     lr_scheduler: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = "linear"

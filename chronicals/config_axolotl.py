@@ -40,7 +40,10 @@ DATASET_ALIASES: dict[str, str] = {
 
 # key -> value as written -> value here. Keys of the first level are names here, not aliases.
 VALUES: dict[str, dict[Any, Any]] = {
-    "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"},
+    "optimizer": {
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+        **dict.fromkeys(("adamw_bnb_8bit", "adamw_torch_8bit", "ao_adamw_8bit"), "adamw_8bit"),
+    },
     "lr_scheduler": {"constant_with_warmup": "constant", "wsd": "warmup_stable_decay"},
     "recompute": {True: "full", False: "light", "unsloth": "full", "offload": "full", "offload_disk": "full"},
     "resume_from_checkpoint": {True: "auto"},
@@ -57,12 +60,12 @@ DATASET_VALUES: dict[str, dict[Any, Any]] = {"ds_type": {"jsonl": "json"}}
 KNOWN_VALUES: dict[str, frozenset[str]] = {
     "optimizer": frozenset(
         """
-    adafactor adagrad adalomo adamw_8bit adamw_anyprecision adamw_apex_fused adamw_bnb_8bit adamw_torch_4bit
-    adamw_torch_8bit adamw_torch_npu_fused adopt_adamw ao_adamw_4bit ao_adamw_8bit ao_adamw_fp8 apollo_adamw
-    came_pytorch dion flash_adam flash_adamw flash_lion flash_sgd flash_sgdw galore_adafactor galore_adamw
-    galore_adamw_8bit grokadamw lion lion_32bit lion_8bit lomo muon optimi_adamw paged_adamw paged_adamw_32bit
-    paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit
-    q_galore_adamw8bit rmsprop rmsprop_bnb schedule_free_adamw schedule_free_sgd sgd sinkgd stable_adamw
+    adafactor adagrad adalomo adamw_anyprecision adamw_apex_fused adamw_torch_4bit adamw_torch_npu_fused adopt_adamw
+    ao_adamw_4bit ao_adamw_fp8 apollo_adamw came_pytorch dion flash_adam flash_adamw flash_lion flash_sgd flash_sgdw
+    galore_adafactor galore_adamw galore_adamw_8bit grokadamw lion lion_32bit lion_8bit lomo muon optimi_adamw
+    paged_adamw paged_adamw_32bit paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit
+    paged_lion_8bit q_galore_adamw8bit rmsprop rmsprop_bnb schedule_free_adamw schedule_free_sgd sgd sinkgd
+    stable_adamw
     """.split()
     ),
     "lr_scheduler": frozenset(

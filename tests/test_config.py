@@ -97,6 +97,8 @@ def test_an_alias_is_the_name_it_stands_for(load, alias: str, name: str) -> None
     [
         ("optimizer: adamw_torch", "optimizer", "adamw"),
         ("optim: adamw_torch_fused", "optimizer", "adamw"),
+        ("optim: adamw_bnb_8bit", "optimizer", "adamw_8bit"),
+        ("optimizer: adamw_bf16_sr", "optimizer", "adamw_bf16_sr"),
         ("lr_scheduler_type: constant_with_warmup", "lr_scheduler", "constant"),
         ("gradient_checkpointing: true", "recompute", "full"),
         ("gradient_checkpointing: false", "recompute", "light"),
@@ -179,8 +181,8 @@ ERRORS = [
     ("load_in_4bit: true", "c.yaml:4: load_in_4bit is known but not supported"),
     ("fp16: true\nbf16: true", "c.yaml:4: fp16 and bf16 are both true; remove one of them"),
     ("trust_remote_code: true", "c.yaml:4: trust_remote_code is known but not supported; no code from a repository"),
-    ("optimizer: lion", "c.yaml:4: optimizer: lion is known but not supported; use adamw"),
-    ("optim: sgdd", "c.yaml:4: optim must be adamw, not 'sgdd'"),
+    ("optimizer: lion", "c.yaml:4: optimizer: lion is known but not supported; use one of adamw, adamw_bf16_sr, adamw_8bit"),
+    ("optim: sgdd", "c.yaml:4: optim must be one of adamw, adamw_bf16_sr, adamw_8bit, not 'sgdd'"),
     (
         "lr_scheduler: linar",
         "c.yaml:4: lr_scheduler must be one of linear, cosine, constant, warmup_stable_decay, not 'linar'; "
