@@ -178,6 +178,17 @@ def bench_step(
     return bench_step(work or (), arm or (), out, profile=profile)
 
 
+@bench.command("tune")
+def bench_tune(
+    op: Annotated[list[str] | None, typer.Option("--op", help="Only this kernel; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the JSON goes.")] = None,
+) -> int:
+    """Search the kernels' launch configurations on this GPU, for the tables in the source; needs a clone."""
+    from chronicals.commands.bench import bench_tune
+
+    return bench_tune(op or (), out)
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,

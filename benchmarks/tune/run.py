@@ -29,7 +29,7 @@ Values = dict[str, Sequence[int]]
 _WARPS = (2, 4, 8, 16)
 _BACKWARD: Values = {"rows": (1, 2, 4), "warps": _WARPS, "programs": (1, 2, 3, 4), "stages": (1, 2, 3, 4)}
 _SLOTS: Values = {"slots": (16, 32, 64), "columns": (64, 128, 256), "threads": (128, 256)}
-# op of benchmarks/kernels -> configurations and tables of them, by module of chronicals.kernels.fused and name -> values
+# op of benchmarks/kernels -> configurations, or tables of them, of chronicals.kernels.fused -> values to try
 OPS: dict[str, dict[str, Values]] = {
     "rmsnorm": {"rmsnorm.FORWARD": {"rows": (1, 2, 4, 8), "warps": _WARPS}, "rmsnorm_backward.BACKWARD": _BACKWARD},
     "glu": {f"glu.{name}": {"block": (512, 1024, 2048), "warps": _WARPS} for name in ("FORWARD", "BACKWARD")},

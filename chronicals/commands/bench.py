@@ -1,4 +1,4 @@
-"""`chronicals bench kernels` and `chronicals bench step`: this machine's numbers, against its own ceilings and peers.
+"""`chronicals bench`: this machine's numbers, against its own ceilings and peers, and its best launch configurations.
 
 The benchmarks live in the repository (`benchmarks/`), as their JSON names a commit; a wheel does not carry them, and
 then the way to them is told. They run in a process of their own, with this Python.
@@ -51,6 +51,19 @@ def bench_step(
     """
     flags = ["--profile"] if profile else []
     return _run("benchmarks.step.run", {"--work": works, "--arm": arms}, flags, out, _clone(root))
+
+
+def bench_tune(ops: Sequence[str], out: Path | None, *, root: Path | None = None) -> int:
+    """Try other launch configurations for the kernels of `ops` (none: all) and return the exit code.
+
+    Args:
+        out: where the JSON goes; None: `benchmarks/results/tune.json`.
+        root: the clone; None: where this package lies.
+
+    Raises:
+        UserError: this is an installed wheel. An op that does not exist is the runner's to tell.
+    """
+    return _run("benchmarks.tune.run", {"--op": ops}, [], out, _clone(root))
 
 
 def _clone(root: Path | None) -> Path:

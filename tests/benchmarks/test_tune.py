@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,6 +13,8 @@ import torch
 from benchmarks.kernels.harness import Case, Timing
 from benchmarks.tune import run
 from benchmarks.tune.run import Knob, knobs_of, told, tune, uses
+from chronicals import cli
+from chronicals.commands import bench
 
 
 class Config(NamedTuple):
@@ -67,6 +72,19 @@ def test_a_case_tunes_the_entry_that_it_uses(table: dict[int, Config]) -> None:
 def test_every_knob_is_a_configuration_with_those_fields(op: str) -> None:
     for one in knobs_of(op):
         assert set(one.values) <= set(one.held[one.key]._fields), one.name
+
+
+def test_the_command_reaches_the_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    def spawned(command: list[str], *, cwd: Path) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(returncode=2)
+
+    monkeypatch.setattr(bench.subprocess, "run", spawned)
+    assert cli.run(["bench", "tune", "--op", "glu", "--op", "rope", "--out", str(tmp_path / "t.json")]) == 2
+    options = ["--op", "glu", "--op", "rope", "--out", str(tmp_path / "t.json")]
+    assert asked == [[sys.executable, "-m", "benchmarks.tune.run", *options]]
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
