@@ -47,7 +47,6 @@ CHUNK_ROWS = 4096  # below that, matmuls with a small H fall off and dW is re-re
 LEAST_CHUNK_ROWS = 1024
 FRUGAL_LOGITS = 90_000_000  # bytes of a block of logits: with dH and h, 132 MB at 8192 x 896 x 151936
 FRUGAL_COLUMNS = 6000  # a block of dlogits is then read back from L2, in part
-MOST_LOGITS = 2**31 - 1  # in a chunk: a cuBLAS call failed past it (16384 x 151937, torch 2.11; cause not isolated)
 ALIGNMENT = 64  # columns: row strides that cuBLAS's widest loads take, whatever the vocabulary
 PLAIN = HeadOptions()
 KEPT_FREE = 0.1  # of the free memory, for fragmentation
@@ -61,8 +60,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def fast(cls, rows: int, vocab: int, chunk_rows: int) -> Plan:
-        """Even chunks of at most `chunk_rows` and `MOST_LOGITS`, or blocks of as many logits."""
-        chunk_rows = min(chunk_rows, MOST_LOGITS // _round_up(vocab, ALIGNMENT))
+        """Even chunks of at most `chunk_rows`, or blocks of as many logits."""
         chunks = max(1, triton.cdiv(rows, chunk_rows))
         chunk = triton.cdiv(rows, chunks)
         if chunks > 1:
@@ -119,11 +117,15 @@ def _by_free_memory(
 
 
 def _blocks(vocab: int, columns: int) -> list[slice]:
-    """Blocks of at most `columns`; what does not fill 8 is one of its own at the end.
+    """Blocks of at most `columns`; what does not fill 8 is one of its own at the end, of two columns at least.
 
-    cuBLAS takes its slow kernels wherever a dimension is not a multiple of 16 bytes, even if the strides are.
+    cuBLAS takes its slow kernels wherever a dimension is not a multiple of 16 bytes, even if the strides are. A product
+    of one column is a matrix times a vector to it (`gemvx`), whose offsets are 32 bits: past 2^31 logits it writes
+    outside them (seen on an H200, CUDA 13.0, torch 2.11), where every other product here is right.
     """
     aligned = vocab // 8 * 8
+    if vocab == aligned + 1 > 1:
+        aligned -= 8
     cuts = [*range(0, aligned, columns), aligned, vocab]
     return [slice(start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
 
@@ -162,7 +164,7 @@ def linear_cross_entropy_by_rows(
         scratch: (V, H) float32, any contents: where several chunks add up a dW that is not float32. None: allocated.
     """
     (rows,), (vocab, features) = target_rows.shape, weight.shape
-    chunk_rows = min(chunk_rows, rows, MOST_LOGITS // _round_up(vocab, ALIGNMENT))
+    chunk_rows = min(chunk_rows, rows)
     if dhidden is not None:
         dhidden.zero_()
     if rows == 0:

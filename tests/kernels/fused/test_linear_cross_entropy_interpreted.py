@@ -333,7 +333,14 @@ def test_plans() -> None:
     assert fused.Plan.fast(2048, 151936, fused.CHUNK_ROWS).chunk_rows == 2048
     assert fused.Plan.fast(6000, 50257, fused.CHUNK_ROWS) == (3072, 25216)
     assert fused.Plan.fast(0, 50257, fused.CHUNK_ROWS).chunk_rows == 0
-    assert fused.Plan.fast(16384, 151937, 16384) == (8192, 76032)  # no matrix of 2^31 elements
+
+
+@pytest.mark.parametrize(("vocab", "last"), [(1, 1), (7, 7), (9, 9), (10, 2), (4096, 96), (4105, 9), (4106, 2)])
+def test_blocks_have_whole_vectors_and_no_product_is_of_one_column(vocab: int, last: int) -> None:
+    blocks = fused._blocks(vocab, 1000)
+    assert [block.start for block in blocks] == [0, *[block.stop for block in blocks[:-1]]]
+    assert blocks[-1] == slice(vocab - last, vocab)
+    assert all((block.stop - block.start) % 8 == 0 for block in blocks[:-1])
 
 
 @pytest.mark.parametrize(
