@@ -26,6 +26,7 @@ GIB = 2**30
 LITTLE_DISK, NO_DISK = 20 * GIB, 2 * GIB
 TORCH_OLDEST = (2, 11)
 _STYLES = {"ok": "", "warn": "yellow", "fail": "bold red"}
+_FLASH_2 = "torch varlen_attn (FlashAttention-2)"
 _REINSTALL = "pip install --force-reinstall torch (Linux wheels on PyPI are CUDA builds)"
 
 
@@ -71,6 +72,7 @@ class Facts:
     gpus: list[Gpu] = field(default_factory=list)
     triton: str | None = None
     varlen_attention: bool = False
+    flash_attention: str | None = None  # flash-attn-4's version
     missing: list[str] | None = field(default_factory=list)  # requirements of ours not met; None: not installed
     output: Folder = Folder(".", 0, False)
     cache: Folder = Folder(".", 0, False)
@@ -177,11 +179,19 @@ def _triton(facts: Facts) -> Check:
 
 
 def _attention(facts: Facts) -> Check:
+    by_document = "scaled_dot_product_attention, one document at a time"
     if not facts.gpus:
-        return Check("attention", "ok", "scaled_dot_product_attention, one document at a time")
+        return Check("attention", "ok", by_document)
     if not facts.varlen_attention:
         return Check("attention", "fail", "torch has no varlen_attn", "pip install --upgrade 'torch>=2.11'")
-    return Check("attention", "ok", "torch varlen_attn (FlashAttention-2)")
+    capability = max(gpu.capability for gpu in facts.gpus)
+    if capability < (8, 0):
+        return Check("attention", "warn", by_document, "FlashAttention needs capability 8.0: expect less speed")
+    if capability[0] in (9, 10):  # what FlashAttention-4 is used for
+        if facts.flash_attention:
+            return Check("attention", "ok", f"FlashAttention-4 {facts.flash_attention}")
+        return Check("attention", "warn", _FLASH_2, "pip install --pre flash-attn-4, which is faster on this GPU")
+    return Check("attention", "ok", _FLASH_2)
 
 
 def _bf16(facts: Facts) -> Check:
@@ -189,7 +199,9 @@ def _bf16(facts: Facts) -> Check:
         return Check("bf16", "ok", "float32 on the CPU, with bf16: auto")
     slow = [gpu.name for gpu in facts.gpus if not gpu.bf16]
     if slow:
-        return Check("bf16", "warn", f"not on {', '.join(slow)}", "by default it trains in float16 there, by plain PyTorch")
+        return Check(
+            "bf16", "warn", f"not on {', '.join(slow)}", "by default it trains in float16 there, by plain PyTorch"
+        )
     return Check("bf16", "ok", "yes")
 
 
@@ -242,6 +254,7 @@ def _torch_facts() -> dict[str, object]:
         "torch_hip": torch.version.hip,
         "gpus": gpus,
         "triton": _version("triton"),
+        "flash_attention": _version("flash-attn-4"),
         "varlen_attention": importlib.util.find_spec("torch.nn.attention.varlen") is not None,
     }
 

@@ -27,6 +27,7 @@ GPU_MACHINE = replace(
     gpus=[H100],
     triton="3.7.1",
     varlen_attention=True,
+    flash_attention="4.0.0",
 )
 
 
@@ -70,6 +71,25 @@ def test_what_is_slow_or_scarce_is_a_warning() -> None:
     little = line(replace(CPU_MACHINE, output=replace(ROOM, free=5 * GIB)), "output folder")
     assert (little.status, little.found) == ("warn", "/data, 5.0 GiB free")
     assert line(replace(CPU_MACHINE, missing=None), "libraries").mend == "pip install --editable ."
+
+
+A100 = Gpu("NVIDIA A100", (8, 0), 80 * GIB, True)
+
+
+@pytest.mark.parametrize(
+    ("facts", "status", "found", "mend"),
+    [
+        (GPU_MACHINE, "ok", "FlashAttention-4 4.0.0", ""),
+        (replace(GPU_MACHINE, flash_attention=None), "warn", "torch varlen_attn", "pip install --pre flash-attn-4"),
+        (replace(GPU_MACHINE, gpus=[A100]), "ok", "torch varlen_attn (FlashAttention-2)", ""),
+        (replace(GPU_MACHINE, gpus=[T4]), "warn", "one document at a time", "capability 8.0"),
+    ],
+)
+def test_attention_is_the_fastest_this_gpu_has(facts: Facts, status: str, found: str, mend: str) -> None:
+    check = line(facts, "attention")
+    assert check.status == status
+    assert found in check.found
+    assert (mend in check.mend) if mend else check.mend == ""
 
 
 def test_a_gpu_is_named_with_capability_and_memory() -> None:

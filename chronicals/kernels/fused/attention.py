@@ -43,7 +43,7 @@ class FlashAttention4(AttentionBackend):
 
     def __init__(self, *, deterministic: bool = False) -> None:
         if not is_installed():
-            raise ValueError("flash-attn-4 is not installed: pip install flash-attn-4, or use TorchVarlen")
+            raise ValueError("flash-attn-4 is not installed: pip install --pre flash-attn-4, or use TorchVarlen")
         start_import()
         self.deterministic = deterministic
 

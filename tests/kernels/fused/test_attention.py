@@ -95,7 +95,7 @@ def test_where_it_is_not_installed_it_says_how(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError) as caught:
         FlashAttention4()
-    assert str(caught.value) == "flash-attn-4 is not installed: pip install flash-attn-4, or use TorchVarlen"
+    assert str(caught.value) == "flash-attn-4 is not installed: pip install --pre flash-attn-4, or use TorchVarlen"
 
 
 @pytest.mark.parametrize(
