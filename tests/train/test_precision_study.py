@@ -108,3 +108,13 @@ def test_in_float32_our_curve_is_that_of_transformers(tmp_path: Path, text: Path
     for how in (curve.Theirs(torch.float32), curve.Theirs(torch.float32, reverse=True)):
         assert curve.theirs(config, windows, how) == pytest.approx(ours, rel=2e-6)
     assert curve.theirs(config, windows, curve.Theirs(torch.float32, rate=curve.OFF)) != pytest.approx(ours, rel=2e-6)
+
+
+def test_the_curves_of_every_arm(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps in bfloat16 on the CPU; what is judged is judged on a GPU."""
+    monkeypatch.setattr(curve, "SHAPE", TINY)
+    curves = curve.study(tmp_path, text, 3, "cpu")
+    assert list(curves) == ["ours", *curve.RUNS, curve.WRONG, curve.FLOAT32]
+    for losses in curves.values():
+        assert losses == pytest.approx(curves[curve.FLOAT32], rel=2e-2)
+    assert len({tuple(losses) for losses in curves.values()}) == len(curves), "no two arms are the same run"
