@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.step.arm import ARMS
 from benchmarks.step.sft import SFT_ARMS
-from benchmarks.step.summary import best_peer, green, is_peer, misconfigured, precision, speed, utilisation
+from benchmarks.step.summary import best_peer, green, is_peer, misconfigured, speed, utilisation
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -113,7 +113,6 @@ def title(name: str) -> str:
     spec = ARMS.get(name) or SFT_ARMS[name]
     parts = [NAMES[spec.family]]
     parts += [spec.about] if spec.about else []
-    parts += ["prompts masked"] if name.endswith("_masked") else []
     return ", ".join(parts)
 
 
@@ -158,12 +157,8 @@ def steps(short: bool) -> str:
         return ""
     parts = []
     for work, section in results["works"].items():
-        for width, what in (("bf16", "bf16 weights, gradients and moments"), ("fp32", "master and moments in float32")):
-            names = [name for name in section["arms"] if precision(name) == width]
-            names = [name for name in names if not short or name in green(section)]
-            if names and (not short or width == "bf16" or work == "full05"):
-                rows = [step_row(work, name, section) for name in sorted(names, key=is_peer)]
-                parts.append(f"**{section['title']}**, {what}\n\n{table(STEP_HEAD, rows)}")
+        names = sorted(green(section) if short else section["arms"], key=is_peer)
+        parts.append(f"**{section['title']}**\n\n{table(STEP_HEAD, [step_row(work, name, section) for name in names])}")
         versions = ("torch", "triton", "transformers", "flash-attn-4", "unsloth", "liger-kernel", "trl")
         parts.append(measured_on(section, *versions))
         parts += [] if short else profiles(section)
@@ -217,7 +212,7 @@ def plot(results: Mapping[str, Any]) -> str:
     """Bars of tokens/s, a group for each work, as SVG."""
     parts, y = [], 8
     for work, section in results["works"].items():
-        arms = {name: speed(row) for name, row in green(section).items() if precision(name) == "bf16"}
+        arms = {name: speed(row) for name, row in green(section).items()}
         if not arms:
             continue
         parts.append(_text(8, y + 13, section["title"], bold=True))

@@ -22,7 +22,7 @@ STEPS = 3
 KINDS: tuple[tuple[str, str], ...] = (  # the first that fits
     ("head", r"cross_entropy_kernel|losses_kernel|dlogits_kernel|gather_rows|scatter_rows|scale_kernel"),
     ("optimizer", r"adamw|square_sums|tensor_norms|multi_tensor|foreach|lpnorm"),
-    ("norms", r"rmsnorm|reduce_partials|column_sums"),
+    ("norms", r"rmsnorm|reduce_partials|column_"),
     ("elementwise", r"glu_|rope_|embedding_"),
     ("attention", r"flash|fmha|attention"),
     ("matmul", r"nvjet|gemm|splitk|cublas|xmma|cutlass_\d"),
@@ -66,12 +66,15 @@ def kind(name: str) -> str:
 def sorted_out(kernels: Sequence[Kernel]) -> list[tuple[str, Kernel]]:
     """(kind, kernel) of each, by start; the head's matmuls are the head's."""
     kinds = [kind(kernel.name) for kernel in kernels]
-    matmuls = [i for i, name in enumerate(kinds) if name == "matmul"]
+    sums = [re.search("splitkreduce", kernel.name, re.IGNORECASE) is not None for kernel in kernels]
+    matmuls = [i for i, name in enumerate(kinds) if name == "matmul" and not sums[i]]
     for i, name in enumerate(list(kinds)):
         if name == "head" and re.search(r"cross_entropy|dlogits", kernels[i].name):
             before = [m for m in matmuls if m < i][-1:]
             for m in (*before, *[m for m in matmuls if m > i][:2]):
                 kinds[m] = "head"
+    for i in range(1, len(kinds)):
+        kinds[i] = kinds[i - 1] if sums[i] else kinds[i]  # over the splits of the matmul before it
     return list(zip(kinds, kernels, strict=True))
 
 
@@ -174,12 +177,11 @@ class Op:
 
 LAYER_KINDS: tuple[tuple[str, str], ...] = (
     ("norm", r"rmsnorm"),
-    ("partials", r"reduce_partials"),
-    ("sums", r"column_sums"),
+    ("sums", r"column_"),
     ("rope", r"rope_"),
     ("glu", r"glu_"),
     ("attention", r"flash|fmha"),
-    ("split", r"splitk"),
+    ("split", r"splitkreduce"),
     ("matmul", r"nvjet|gemm|cublas|xmma|cutlass_\d"),
     ("attention", r"cutlass|attention"),
 )
@@ -187,12 +189,13 @@ LAYER_KINDS: tuple[tuple[str, str], ...] = (
 
 def layer_ops(s: Shape, tokens: int, length: int) -> list[Op]:
     """A layer's forward and backward pass in order under `recompute: light`, each op with the bytes it must move: every
-    input read once, every output written once, bf16."""
+    input read once, every output written once, bf16. The parts of vectors' gradients are added up for all layers at
+    once, after the last."""
     hidden, glu = 2 * tokens * s.hidden, 2 * tokens * s.intermediate
     width = (s.heads + 2 * s.kv_heads) * s.head_dim
     qkv, qk = 2 * tokens * width, 2 * tokens * (s.heads + s.kv_heads) * s.head_dim
     out, tables = 2 * tokens * s.heads * s.head_dim, 4 * length * s.head_dim
-    rstd, lse, partials = 4 * tokens, 4 * tokens * s.heads, 4 * s.hidden
+    rstd, lse = 4 * tokens, 4 * tokens * s.heads
     attention = 2.0 * tokens * length * s.heads * s.head_dim
 
     def matmul(name: str, n: int, k: int) -> Op:
@@ -217,7 +220,6 @@ def layer_ops(s: Shape, tokens: int, length: int) -> list[Op]:
         matmul("d gate_up weight", 2 * s.intermediate, s.hidden),
         matmul("d gate_up input", 2 * s.intermediate, s.hidden),
         Op("d norm, add", "norm", 4 * hidden + rstd),
-        Op("d norm weight", "partials", partials),
         matmul("d o weight", heads, s.hidden),
         matmul("d o input", heads, s.hidden),
         Op("d attention", "attention", 2 * qkv + 2 * out + lse, 2.5 * attention),
@@ -227,7 +229,6 @@ def layer_ops(s: Shape, tokens: int, length: int) -> list[Op]:
         Op("d qkv bias", "sums", qkv),
         matmul("d qkv input", width, s.hidden),
         Op("d norm, add", "norm", 4 * hidden + rstd),
-        Op("d norm weight", "partials", partials),
     ]
 
 

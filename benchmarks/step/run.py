@@ -27,7 +27,7 @@ from benchmarks.step.arm import ARMS, Spec, build
 from benchmarks.step.profile import told as profiled
 from benchmarks.step.profile import told_layer as profiled_layer
 from benchmarks.step.sft import GSM8K, SFT_ARMS, SFT_MEASURED, measure_sft, read
-from benchmarks.step.summary import told, verdicts
+from benchmarks.step.summary import KINDS, suffix, told, verdicts
 from benchmarks.step.works import WORKS, Work
 
 ROOT = Path(__file__).parents[2]
@@ -135,32 +135,40 @@ class Runner:
         self.out.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
 
     def work(self, work: Work, arms: list[str], warm: list[str], options: list[str]) -> int:
-        """All arms of one work; the number of red ones."""
-        base, checkpoint = ["--child", work.name, *options], self.folder / work.name / "checkpoint"
-        prepared = self.child([*base, "--prepare", "--folder", str(checkpoint)], f"{work.name}_prepare")
-        assert "error" not in prepared, f"{work.name}: {prepared['error']}"
-        section = (
-            self.where | prepared | {"title": work.title, "tokens": work.tokens, "flops": work.flops(), "arms": {}}
-        )
-        self.record["works"][work.name] = section
+        """All arms of one work, a section of the file for those that are compared; the number of red ones."""
+        asked = ["--child", work.name, *options, "--folder", str(self.folder / work.name / "checkpoint")]
+        prepared = self.child([*asked, "--prepare"], f"{work.name}_prepare")
+        assert "error" not in prepared, f"{work.name}: {prepared['error']}\n{self.log(f'{work.name}_prepare')}"
         print(f"-- {work.name}: {work.title}; {prepared['gpu']} {prepared['ceilings']}", flush=True)
         print(f"   transformers in float32: {prepared['expected']}", flush=True)
+        asked += [part for name in ("expected", "ceilings") for part in (f"--{name}", json.dumps(prepared[name]))]
+        facts = {"tokens": work.tokens, "flops": work.flops()}
+        sections: dict[str, dict[str, Any]] = {}
         for name in arms:
-            asked = [*base, "--arm", name, "--folder", str(checkpoint), "--expected", json.dumps(prepared["expected"])]
-            row = self.child([*asked, "--ceilings", json.dumps(prepared["ceilings"])], f"{work.name}_{name}")
-            if "error" not in row and name in warm and work is not GSM8K:
-                again = self.child([*asked, "--only-first-step"], f"{work.name}_{name}_warm")
-                row["first_step_seconds_warm"] = again.get("first_step_seconds", again.get("error"))
-            section["arms"][name] = row
-            print(told(name, row, section), flush=True)
-            for line in [*profiled(row.get("profile")), *profiled_layer(row.get("layer"))]:
-                print(f"    {line}", flush=True)
-            if "error" in row:
-                print(self.log(f"{work.name}_{name}"), file=sys.stderr, flush=True)
-            self.save()
-        for line in verdicts(work.name, section):
-            print(line, flush=True)
-        return sum("error" in row for row in section["arms"].values())
+            end = suffix(name)
+            if end not in sections:
+                title = f"{work.title}: {KINDS[end]}"
+                sections[end] = self.where | prepared | facts | {"title": title, "arms": {}}
+                self.record["works"][work.name + end] = sections[end]
+            self.arm(work, name, asked, sections[end], warm=name in warm and work is not GSM8K)
+        for end, section in sections.items():
+            for line in verdicts(work.name + end, section):
+                print(line, flush=True)
+        return sum("error" in row for section in sections.values() for row in section["arms"].values())
+
+    def arm(self, work: Work, name: str, asked: list[str], section: dict[str, Any], *, warm: bool) -> None:
+        """One arm's row, into the section, the file and the terminal."""
+        row = self.child([*asked, "--arm", name], f"{work.name}_{name}")
+        if "error" not in row and warm:
+            again = self.child([*asked, "--arm", name, "--only-first-step"], f"{work.name}_{name}_warm")
+            row["first_step_seconds_warm"] = again.get("first_step_seconds", again.get("error"))
+        section["arms"][name] = row
+        self.save()
+        print(told(name, row, section), flush=True)
+        for line in [*profiled(row.get("profile")), *profiled_layer(row.get("layer"))]:
+            print(f"    {line}", flush=True)
+        if "error" in row:
+            print(self.log(f"{work.name}_{name}"), file=sys.stderr, flush=True)
 
 
 def prepare(work: Work, folder: Path, data: Path | None) -> dict[str, Any]:

@@ -28,6 +28,11 @@ MEMORY_GIB: dict[str, dict[str, float]] = {  # allocated at the peak, at most
     "full05": {"ours": 16.0, "ours_least": 14.0},
     "full05s": {"ours": 6.2},
 }
+KINDS = {  # the end of an arm's name -> what its section says
+    "": "bf16 weights, gradients and moments",
+    "_fp32": "master weights and moments in float32",
+    "_masked": "prompts masked, bf16 weights, gradients and moments",
+}
 DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
 
 
@@ -39,13 +44,9 @@ def is_peer(name: str) -> bool:
     return not name.startswith("ours")
 
 
-def precision(name: str) -> str:
-    return "fp32" if name.endswith("_fp32") else "bf16"
-
-
-def kind(name: str) -> str:
-    """What is compared with what: precision, and whether prompts are masked."""
-    return f"{precision(name)} masked" if name.endswith("_masked") else precision(name)
+def suffix(name: str) -> str:
+    """What is compared with what, as the end of a section's name: precision, and whether prompts are masked."""
+    return next((end for end in KINDS if end and name.endswith(end)), "")
 
 
 def misconfigured(work: str, name: str, section: Mapping[str, Any]) -> str | None:
@@ -64,7 +65,7 @@ def green(section: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def best_peer(work: str, of: str, section: Mapping[str, Any]) -> str | None:
     """The quickest peer that is compared with arm `of`; None where there is none, or one is misconfigured."""
-    peers = [name for name in green(section) if is_peer(name) and kind(name) == kind(of)]
+    peers = [name for name in green(section) if is_peer(name) and suffix(name) == suffix(of)]
     if not peers or any(misconfigured(work, name, section) for name in peers):
         return None
     return max(peers, key=lambda name: speed(section["arms"][name]))

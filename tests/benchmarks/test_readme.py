@@ -45,7 +45,7 @@ WHERE = {"versions": {"torch": "2.11.0", "unsloth": None}, "commit": "0123456789
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    arms = {"ours": 162.5e3, **PEERS, "ours_fp32": 130e3, "liger_fp32": 100e3}
+    arms = {"ours": 162.5e3, **PEERS}
     made = section(arms) | WHERE | {"title": "Qwen, 8 x 2048"}
     made["arms"]["compile_graphs"] = {"error": "the gradient norm is 0: nothing is trained"}
     made["arms"]["ours"] = made["arms"]["ours"] | {"first_step_seconds_warm": 7.0, "profile": PROFILE, "layer": LAYER}
@@ -72,7 +72,7 @@ LAYER: dict[str, Any] = {
 @pytest.mark.usefixtures("results")
 def test_steps_are_told_with_ratio_and_reason() -> None:
     text = readme.steps(short=True)
-    assert "**Qwen, 8 x 2048**, bf16 weights, gradients and moments" in text
+    assert "**Qwen, 8 x 2048**" in text
     (ours,) = [
         line
         for line in text.splitlines()
