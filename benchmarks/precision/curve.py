@@ -34,7 +34,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.precision.text import Shape, make_tokenizer, write_model, write_text
+from benchmarks.precision.text import Shape, make_tokenizer, measured_where, write_model, write_text
 from chronicals.config import TrainConfig
 from chronicals.data.batch import PackedBatch
 from chronicals.optim.groups import decay_names
@@ -188,22 +188,21 @@ def study(folder: Path, data: Path, steps: int, device: str) -> dict[str, list[f
     return curves | {name: theirs(run, windows, how) for name, how in runs.items()}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="JSONL; the strings of a row are one document")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    parser.add_argument("--commit", help="what to record where this is a copy without history")
+    options = parser.parse_args(argv)
+    command = f"python -m benchmarks.precision.curve --data {options.data.name} --steps {options.steps}"
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         curves = study(Path(folder), options.data, options.steps, options.device)
     spread, away, wrong = judge(curves)
     report: dict[str, Any] = {
-        "command": f"python -m benchmarks.precision.curve --data {options.data.name} --steps {options.steps}",
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **measured_where(command, options.device, options.commit),
         "seconds": round(time.perf_counter() - start, 1),
         "shape": vars(SHAPE),
         "recipe": RECIPE,

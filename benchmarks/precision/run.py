@@ -16,10 +16,10 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import platform
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.precision.arms import ARMS, LAST, MASTERS, Arm, Study, train
-from benchmarks.precision.text import Shape, make_tokenizer, write_model, write_text
+from benchmarks.precision.text import Shape, make_tokenizer, measured_where, write_model, write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "precision.json"
 FIGURES = ("train_loss", "eval_loss")
@@ -109,14 +109,16 @@ def run_all(study: Study, *, together: bool) -> Results:
     return results
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="JSONL; the strings of a row are one document")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    parser.add_argument("--commit", help="what to record where this is a copy without history")
+    options = parser.parse_args(argv)
+    command = f"python -m benchmarks.precision.run --data {options.data.name} --steps {options.steps}"
     start, shape = time.perf_counter(), Shape()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -124,11 +126,8 @@ def main() -> int:
         shared = Study(folder, options.steps, options.learning_rate, 512, 8, options.device)
         results = run_all(shared, together=options.device == "cuda")
     band, wrong = judge(results)
-    device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
     report = {
-        "command": f"python -m benchmarks.precision.run --data {options.data.name} --steps {options.steps}",
-        "device": device,
-        "torch": torch.__version__,
+        **measured_where(command, options.device, options.commit),
         "seconds": round(time.perf_counter() - start, 1),
         "shape": vars(shape),
         "steps": options.steps,

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer
+
+from benchmarks.step.run import machine
 
 HELD_OUT = 20  # one row in so many
 PAD, END = "<|endoftext|>", "<|im_end|>"  # transformers adds the first to a Qwen2 tokenizer that lacks it
@@ -28,6 +31,12 @@ class Shape:
     heads: int = 8
     kv_heads: int = 4
     vocab: int = 8192
+
+
+def measured_where(command: str, device: str, commit: str | None) -> dict[str, Any]:
+    """The machine, its versions, the commit and the command, as every result has them."""
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return machine([], commit) | {"gpu": gpu, "command": command}
 
 
 def write_text(folder: Path, data: Path, rows: int | None = None) -> None:

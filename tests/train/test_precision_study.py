@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.precision import arms, curve, run
+from benchmarks.precision import arms, curve, report, run
 from benchmarks.precision.text import Shape, make_tokenizer, write_model, write_text
 from chronicals.train import setup
 from tests.train.helpers import WORDS
@@ -118,3 +118,36 @@ def test_the_curves_of_every_arm(tmp_path: Path, text: Path, monkeypatch: pytest
     for losses in curves.values():
         assert losses == pytest.approx(curves[curve.FLOAT32], rel=2e-2)
     assert len({tuple(losses) for losses in curves.values()}) == len(curves), "no two arms are the same run"
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    """After a new measurement: `python -m benchmarks.precision.report --write-docs`."""
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert report.filled(page) == page
+
+
+def test_the_page_tells_the_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the commands to the page, with figures that were made up: exit codes, files, tables."""
+    told = {"unmoved_tensors": "0 of 14", "step_ms": 5.0, "peak_memory_gib": 0.5}
+    results = {name: row | told for name, row in good().items()} | {"adamw_8bit": {"failed": "GuardError: step 3"}}
+    flat = [1.0] * 200
+    curves = {name: [x + 0.01 * i for x in flat] for i, name in enumerate(curve.RUNS)}
+    curves |= {"ours": [1.01] * 200, curve.WRONG: [1.05] * 200, curve.FLOAT32: flat}
+    monkeypatch.setattr(run, "prepare", lambda *arguments: None)
+    monkeypatch.setattr(run, "run_all", lambda *arguments, **options: results)
+    monkeypatch.setattr(curve, "study", lambda *arguments: curves)
+    for module in (run, curve):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / f"{module.__name__}.json")
+    common = ["--data", str(text), "--device", "cpu", "--commit", "0123456789"]
+    assert run.main([*common, "--out", str(run.RESULTS)]) == 1
+    assert "RED  adamw_8bit: GuardError: step 3" in capsys.readouterr().out
+    assert curve.main([*common, "--out", str(curve.RESULTS)]) == 0
+    assert "green: our curve is within it" in capsys.readouterr().out
+    page = report.filled(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert "| plain bf16 | 2.5000 | +0.5000 | 3.5000 | +0.5000 | 0 of 14 |" in page
+    assert "| adamw_8bit | failed |" in page and "| noise band |  | 0.0200 |  | 0.0300 |  |" in page
+    assert "1,000 steps of 4,096 tokens" in page and "Our loss curve of 200 steps" in page
+    assert f"CPU, torch {torch.__version__}" in page and "commit 0123456, `python -m benchmarks.precision.run" in page
