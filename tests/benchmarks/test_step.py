@@ -21,6 +21,7 @@ from benchmarks.step.measure import measure
 from benchmarks.step.ours import Ours
 from benchmarks.step.reference import expected, make_checkpoint
 from benchmarks.step.works import BATCHES, QWEN_05B, WORKS, batches
+from chronicals import cli
 from chronicals.commands import bench
 from chronicals.errors import UserError
 
@@ -206,6 +207,14 @@ def test_the_command_reaches_the_runner(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (cwd / "benchmarks" / "step" / "run.py").is_file()
     with pytest.raises(UserError, match="the benchmarks are in the repository"):
         bench.bench_step([], [], None, root=tmp_path)
+
+
+def test_the_command_line_reaches_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(bench, "bench_step", lambda *a, **k: asked.append((a, k)) or 1)
+    out = str(tmp_path / "out.json")
+    assert cli.run(["bench", "step", "--work", "full05", "--arm", "ours", "--profile", "--out", out]) == 1
+    assert asked == [((["full05"], ["ours"], Path(out)), {"profile": True})]
 
 
 NUMBERS: dict[str, Any] = {
