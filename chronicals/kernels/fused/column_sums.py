@@ -21,9 +21,7 @@ from torch import Tensor
 from chronicals.kernels.fused.launch import balanced, device_limits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# a tile: DEEP x ROWS rows, of which a thread sums DEEP in registers, by COLUMNS columns
-DEEP, ROWS, COLUMNS = 8, 8, 128
-THREADS = 128
+ROWS, COLUMNS, THREADS = 32, 128, 128  # of a tile; a thread has the same places of each tile, and sums in registers
 PROGRAMS = 6  # of a multiprocessor
 REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_THREADS = 1024, 16, 512  # 64 bytes of a row, so that 896 columns are 56 programs
 
@@ -35,21 +33,19 @@ def column_partials_kernel(
     rows: tl.tensor,
     columns: tl.tensor,
     stride: tl.tensor,
-    DEEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     strips = tl.cdiv(columns, COLUMNS)
     part, parts = tl.program_id(0) // strips, tl.num_programs(0) // strips
-    column = (tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS)
-    within = (tl.arange(0, DEEP)[:, None] * ROWS + tl.arange(0, ROWS)[None, :])[:, :, None]
+    column = (tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in tl.range(part * DEEP * ROWS, rows, parts * DEEP * ROWS, num_stages=1):
-        row = start + within
-        at = X + row.to(tl.int64) * stride + column[None, None, :]
-        x = tl.load(at, mask=(row < rows) & (column < columns)[None, None, :], other=0.0, eviction_policy="evict_first")
-        total += tl.sum(x.to(tl.float32), axis=0)
-    sums = tl.sum(total, axis=0)
+    for start in tl.range(part * ROWS, rows, parts * ROWS, num_stages=1):
+        row = start + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & (column < columns)
+        x = tl.load(X + row.to(tl.int64) * stride + column, mask=mask, other=0.0, eviction_policy="evict_first")
+        total += x.to(tl.float32)
+    sums = tl.sum(total, axis=0, keep_dims=True)
     tl.store(PARTIAL + part.to(tl.int64) * columns + column, sums, mask=column < columns)
 
 
@@ -81,7 +77,7 @@ def reduce_partials_kernel(
 def column_parts(rows: int, columns: int, device: torch.device) -> int:
     """How many partial sums `column_partials` leaves of a (rows, columns) matrix on `device`."""
     most = max(1, PROGRAMS * device_limits(device)[0] // triton.cdiv(columns, COLUMNS))
-    return balanced(triton.cdiv(rows, DEEP * ROWS), most)
+    return balanced(triton.cdiv(rows, ROWS), most)
 
 
 def column_partials(x: Tensor, *, partial: Tensor | None = None) -> Tensor:
@@ -103,14 +99,13 @@ def column_partials(x: Tensor, *, partial: Tensor | None = None) -> Tensor:
     assert x.dtype in DTYPES, f"no kernel for {x.dtype}"
     assert x.stride(1) == 1 or columns == 1
     strips = triton.cdiv(columns, COLUMNS)
-    assert rows + parts * DEEP * ROWS < 2**31
+    assert rows + parts * ROWS < 2**31
     column_partials_kernel[(parts * strips,)](
         x,
         partial,
         rows,
         columns,
         x.stride(0),
-        DEEP=DEEP,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         num_warps=_warps(THREADS),
