@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from chronicals.kernels.capability import why_not_fused
+
 GradNorm = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 
@@ -22,7 +24,8 @@ def grad_norm_for(tensors: Sequence[Tensor]) -> GradNorm:
     addresses, and under a graph they may not have moved.
     """
     assert tensors, "nothing to measure"
-    if tensors[0].device.type != "cuda":
+    device = tensors[0].device
+    if device.type != "cuda" or why_not_fused(device):
         return plain_grad_norm
     from chronicals.kernels.fused.grad_norm import GradNorm as Fused  # triton: only where there is a GPU
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from chronicals.kernels.grad_sink import InPlace, Reduce, Stack
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views
+from chronicals.optim.grad_norm import grad_norm_for
 
 _ALIGNMENT = 256  # bytes: where each buffer begins, as torch's allocator does it
 
@@ -47,6 +48,7 @@ class Gradients:
             for (name, parameter), start in zip(parameters.items(), places, strict=False)
         }
         self.views = dict(hf_views(model, self.buffers))
+        self._norms = grad_norm_for(list(self.views.values()))
         self._parameters = dict(parameters)
         buffers: dict[Tensor, Tensor] = {parameter: self.buffers[name] for name, parameter in parameters.items()}
         self._sink = model.sink = InPlace(
@@ -68,6 +70,10 @@ class Gradients:
                 out = flat.as_strided((len(names), self.buffers[names[0]].numel()), (distances.pop(), 1), starts[0])
                 stacks.append(Stack([self._parameters[name] for name in names], out))
         return stacks
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """(P,) float32, the L2 norm of each of `views`, and () of all; the next call may overwrite them."""
+        return self._norms(list(self.views.values()))
 
     def finish(self, reduce: Reduce) -> None:
         """Ends a micro-batch's backward pass; `reduce` is the ops' `reduce_partials`."""

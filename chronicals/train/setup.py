@@ -28,6 +28,7 @@ from chronicals.kernels.ops import Ops
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views, load_config, load_model
 from chronicals.optim.adamw import AdamW
+from chronicals.optim.formats import format_of
 from chronicals.optim.groups import decay_names
 from chronicals.optim.schedules import Schedule
 from chronicals.train.checkpoint import STATE_FILE, Checkpoints, Parts, checkpoint_bytes, read_checkpoint, restore
@@ -109,6 +110,7 @@ def check_start(config: TrainConfig) -> Start:
         )
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.bf16, device, config.fp16)
+    format_of(config.optimizer, dtype)  # refuses what does not go together
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir {output_dir} is a file", "choose another output_dir")
@@ -173,8 +175,12 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
     model = _model(config, start, data.chat, ops)
     model.set_recompute(config.recompute, config.recompute_layers)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    form = format_of(config.optimizer, start.dtype)
     optimizer = AdamW(
         trainable,
+        state_dtype=form.state_dtype,
+        master=form.master,
+        seed=config.seed,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,

@@ -100,17 +100,12 @@ class Step:
     @torch.no_grad()
     def update(self) -> None:
         """Norm, clip, AdamW; where gradients add up, zeros for the next step."""
-        norms = self.loss_scale.unscaled(tensor_norms(list(self.gradients.views.values())))
-        self.grad_norm.copy_(torch.linalg.vector_norm(norms))
+        norms, total = (self.loss_scale.unscaled(norm) for norm in self.gradients.norms())
+        self.grad_norm.copy_(total)
         healthy = self.guard.watch_gradients(self.loss, norms, may_mend=self.loss_scale.may_fall())
         scale = self.loss_scale.unscaled(clip_scale(self.grad_norm, self.max_grad_norm))
         self.optimizer.step(self.gradients.buffers, self.lr, scale, healthy, zero_grads=self.gradients.accumulate)
         self.loss_scale.update(self.grad_norm)
-
-
-def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """(P,) float32: the L2 norm of each of P tensors, summed in float32 in a fixed order whatever their dtype."""
-    return torch.stack(torch._foreach_norm(list(tensors), 2, torch.float32))
 
 
 def clip_scale(grad_norm: Tensor, max_grad_norm: float) -> Tensor:
