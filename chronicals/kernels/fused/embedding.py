@@ -32,11 +32,13 @@ class Config(NamedTuple):
     slots: int
     columns: int
     threads: int
+    strips: int = 1  # of so many columns, one after the other: who has which slot is found out once
 
 
 FORWARD = Config(16, 128, 128)
-BACKWARD = Config(32, 128, 256)
-JOIN = Config(16, 256, 128)
+BACKWARD = Config(16, 128, 128, 8)
+STAGES = 3  # of the backward's loads: one strip less than this waits in shared memory
+JOIN = Config(32, 128, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -90,33 +92,34 @@ def embedding_backward_kernel(
     ADD: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    strips = tl.cdiv(hidden, COLUMNS)
-    tile = tl.program_id(0) // strips
-    column = ((tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    shares = tl.cdiv(hidden, STRIPS * COLUMNS)
+    tile, share = tl.program_id(0) // shares, tl.program_id(0) % shares
     at = tile * SLOTS + tl.arange(0, SLOTS)
     slot, token = _token_at(TOKENS, ORDER, at, slots, -1)
     _, following = _token_at(TOKENS, ORDER, at + 1, slots, -2)
     _, before = _token_at(TOKENS, ORDER, tile * SLOTS - 1, slots, -1)
     _, beyond = _token_at(TOKENS, ORDER, tile * SLOTS + SLOTS, slots, -2)
-
+    same = (token[:, None] == token[None, :]).to(D_OUT.dtype.element_ty)
     # the last row of each run here stands for it
     final = ((token != following) | (at == tile * SLOTS + SLOTS - 1)) & (token >= 0) & (token < vocab)
     shared = (token == before) | (token == beyond)
-    whole = (final & ~shared)[:, None] & (column < hidden)
-    grad = GRAD + (token * grad_stride)[:, None] + column
-    x = tl.load(
-        D_OUT + (slot * d_out_stride)[:, None] + column, mask=(at < slots)[:, None] & (column < hidden), other=0.0
-    )
-    if ADD:
-        held = tl.load(grad, mask=whole, other=0.0)  # beside the gather, not after it
-    same = (token[:, None] == token[None, :]).to(x.dtype)
-    sums = tl.dot(same, x, input_precision="ieee")  # row i: all of its token here
     part = (tile * 2 + tl.where(token == before, 0, 1)).to(tl.int64)
-    tl.store(PARTS + (part * hidden)[:, None] + column, sums, mask=(final & shared)[:, None] & (column < hidden))
-    if ADD:
-        sums += held.to(tl.float32)
-    tl.store(grad, sums.to(GRAD.dtype.element_ty), mask=whole)
+    first = share * STRIPS * COLUMNS
+    for start in tl.range(first, tl.minimum(first + STRIPS * COLUMNS, hidden), COLUMNS, num_stages=STAGES):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        within = column < hidden
+        x = tl.load(D_OUT + (slot * d_out_stride)[:, None] + column, mask=(at < slots)[:, None] & within, other=0.0)
+        grad, whole = GRAD + (token * grad_stride)[:, None] + column, (final & ~shared)[:, None] & within
+        if ADD:
+            held = tl.load(grad, mask=whole, other=0.0)  # beside the gather, not after it
+        sums = tl.dot(same, x, input_precision="ieee")  # row i: all of its token here
+        tl.store(PARTS + (part * hidden)[:, None] + column, sums, mask=(final & shared)[:, None] & within)
+        if ADD:
+            sums += held.to(tl.float32)
+        tl.store(grad, sums.to(GRAD.dtype.element_ty), mask=whole)
 
 
 @triton.jit
@@ -225,6 +228,8 @@ def embedding_backward(d_out: Tensor, tokens: Tensor, token_order: Tensor, grad:
         ADD=add,
         SLOTS=BACKWARD.slots,
         COLUMNS=BACKWARD.columns,
+        STRIPS=BACKWARD.strips,
+        STAGES=STAGES,
         num_warps=_warps(BACKWARD),
     )
     embedding_join_kernel[(tiles * triton.cdiv(hidden, JOIN.columns),)](
@@ -246,7 +251,7 @@ def embedding_backward(d_out: Tensor, tokens: Tensor, token_order: Tensor, grad:
 
 def _grid(slots: int, hidden: int, config: Config) -> tuple[int]:
     assert slots + config.slots * (JOIN.slots + 1) < 2**31
-    return (triton.cdiv(slots, config.slots) * triton.cdiv(hidden, config.columns),)
+    return (triton.cdiv(slots, config.slots) * triton.cdiv(hidden, config.columns * config.strips),)
 
 
 def _warps(config: Config) -> int:
