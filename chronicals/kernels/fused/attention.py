@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread
 from types import ModuleType
 from typing import Any, Unpack
 
@@ -137,7 +137,10 @@ def start_import() -> Future[ModuleType]:
     """The library, or what kept it from being imported, once the thread that imports it is done; one a process."""
     future: Future[ModuleType] = Future()
     # a daemon: a run that ends with an error meanwhile does not wait for it
-    Thread(target=_import_into, args=(future,), name="import flash_attn", daemon=True).start()
+    thread = Thread(target=_import_into, args=(future,), name="import flash_attn", daemon=True)
+    # a process forked meanwhile (to prepare data) would inherit locks that no thread of its own holds
+    os.register_at_fork(before=lambda: None if current_thread() is thread else thread.join())
+    thread.start()
     return future
 
 

@@ -195,6 +195,17 @@ def test_an_import_that_fails_is_told_by_the_first_call(installed: Installed) ->
         backend.forward(*qkv(), BOUNDS, 3)
 
 
+def test_a_fork_waits_for_the_import(installed: Installed) -> None:
+    installed("import time\ntime.sleep(0.3)")
+    started = start_import()
+    assert not started.done()
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert started.done()
+
+
 @pytest.mark.parametrize(
     ("device", "capability", "starts"), [("auto", (9, 0), True), ("cuda", (8, 9), False), ("cpu", (9, 0), False)]
 )
