@@ -28,6 +28,7 @@ from chronicals.data.documents import Documents
 from chronicals.kernels.attention import TorchVarlen
 from chronicals.models.hf import hf_views, load_config, load_model
 from chronicals.optim.adamw import AdamW
+from chronicals.optim.formats import format_of
 from chronicals.optim.groups import decay_names
 from chronicals.train.gradients import Gradients
 from chronicals.train.graph import own_stream, step_class
@@ -65,15 +66,16 @@ class Ours(Arm):
         self.recompute = options.get("recompute", "light")
         self.model.set_recompute(self.recompute)
         self.parameters = dict(self.model.named_parameters())
-        in_full = spec.precision == "fp32" or self.dtype == torch.float32
+        wide = spec.precision == "fp32" or self.dtype == torch.float32
+        form = format_of("adamw" if wide else "adamw_bf16_sr", self.dtype)
         optimizer = AdamW(
             self.parameters,
             betas=BETAS,
             eps=EPS,
             weight_decay=WEIGHT_DECAY,
             decay_names=decay_names(self.parameters),
-            state_dtype="float32" if in_full else "bfloat16",
-            master=in_full,
+            state_dtype=form.state_dtype,
+            master=form.master,
         )
         self.gradients = Gradients(self.model, self.parameters, accumulate=False)
         notes: list[str] = []
