@@ -105,7 +105,7 @@ def torch_fused(name: str) -> Arm:
 
 def update_bytes(name: str, elements: int) -> int:
     weight, state, master, grad = FORMATS[name]
-    moments = {"float32": 16 * elements, "bfloat16": 8 * elements, "int8": 4 * elements + elements // BLOCK * 16}[state]
+    moments = {"float32": 16 * elements, "bfloat16": 8 * elements, "int8": 4 * elements + elements // BLOCK * 4}[state]
     weights = (8 + weight.itemsize) * elements if master else 2 * weight.itemsize * elements  # a copy is never read
     return moments + weights + grad.itemsize * elements
 

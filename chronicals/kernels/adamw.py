@@ -12,10 +12,11 @@ change smaller than half a step: a weight stops moving, and a second moment, whi
 never decays. The random bits are Philox's, a function of (seed, step, tensor, element) alone, so that a resumed run
 draws the same ones.
 
-The moments are float32, bfloat16, or 8 bits a number with one float32 scale, the largest magnitude, for each `BLOCK`
-of consecutive elements. The codes are the upper bits of a float32 (docs/math/adamw.md derives the error): the first
-moment has a sign, four exponent bits and three of mantissa, with zero; the second five exponent bits and three of
-mantissa, without zero, since an update divides by it.
+The moments are float32, bfloat16, or 8 bits a number with a power of two as scale for each `BLOCK` of consecutive
+elements, as in the OCP microscaling formats. The codes are bits of a float32 (docs/math/adamw.md derives the error):
+the first moment has a sign, four exponent bits and three of mantissa, with zero; the second five exponent bits and
+three of mantissa, without zero, since an update divides by it. In memory the codes of a block are in the order that
+the GPU likes: byte 4 j + 2 h + o has element 128 h + 2 j + o.
 
 The same code in float64 is the oracle that the fused kernel is held against. Left out: amsgrad and maximize, which no
 fine-tuning recipe uses.
@@ -33,32 +34,34 @@ from torch import Tensor
 StateDtype = Literal["float32", "bfloat16", "int8"]
 STATE_DTYPES: tuple[StateDtype, ...] = ("float32", "bfloat16", "int8")
 BLOCK = 256  # elements that share a scale
-LANES = 1024  # one Philox call serves elements e, e + LANES, e + 2 LANES and e + 3 LANES
+LANES = 64  # words of four codes in a block
+TILE = 32 * BLOCK  # elements between which random numbers have something in common
+CALLS = TILE // 16  # of Philox in a tile: each makes four words, each word serves four elements
 PHILOX_ROUNDS = 7  # the fewest that pass BigCrush (Salmon et al. 2011, table 2)
+# the next word from the last, modulo 2^32; the multiplier is of table 3 in Steele & Vigna 2021, "Computationally easy,
+# spectrally good multipliers for congruential pseudorandom number generators"
+LCG_MULTIPLY, LCG_ADD = 0x93D765DD, 0x6D2B79F5
 
-# A code counts bits 20 to 30 of a float32, exponent and three bits of mantissa, from a base. `KEPT` keeps what rounding
-# puts above a block's largest from carrying into the next code.
-KEPT = 1 - 2.0**-20
-FIRST_BASE, FIRST_LOWEST = 896, 2.0**-15  # codes 0 .. 127 from 2^-15 to 1.875; bit 7 of the byte is the sign
-FIRST_SPAN = (1.875 - FIRST_LOWEST) * KEPT  # |m| / scale in [0, 1] is stretched over them, so that 0 has code 0
-SECOND_BASE = 1016 - 255  # codes 0 .. 255 from 1.125 * 2^-32 to 1
+# The largest magnitude of a block, divided by its power of two, has at most this mantissa: 16 units in the last place
+# below 1.875, so that adding what rounding adds never carries past the last code.
+TOP = 0x700000 - 16
+UNIT = 2.0**52  # 8-bit first moments are counted in this: no finite gradient norm is then past the exponents' range
 
 
 @dataclass(frozen=True)
 class AdamWSlot:
-    """The memory of one trained tensor; all but the scales have the weight's shape and are contiguous.
+    """The memory of one trained tensor, contiguous.
 
-    `exp_avg` and `exp_avg_sq` are float32 or bfloat16, or uint8 with `exp_avg_scale` and `exp_avg_sq_scale`
-    (ceil(numel / BLOCK),) float32. `master` is the float32 weight that is trained where there is one; `weight` is its
-    copy then. `rate` multiplies the learning rate, `decay` is the weight decay.
+    `exp_avg` and `exp_avg_sq` are float32 or bfloat16 of the weight's shape, or uint8 codes (ceil(numel / BLOCK),
+    BLOCK) with `exponents` (ceil(numel / BLOCK), 2) uint8 of the two. `master` is the float32 weight that is trained
+    where there is one; `weight` is its copy then. `rate` multiplies the learning rate, `decay` is the weight decay.
     """
 
     weight: Tensor
     master: Tensor | None
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    exp_avg_scale: Tensor | None
-    exp_avg_sq_scale: Tensor | None
+    exponents: Tensor | None
     rate: float
     decay: float
 
@@ -72,21 +75,22 @@ class AdamWSlot:
         master = master and weight.dtype in (torch.bfloat16, torch.float16)
         if weight.dtype == torch.float16 and not master:
             raise ValueError("float16 weights need a float32 master; stochastic rounding is for bfloat16")
-        dtype = torch.uint8 if state == "int8" else getattr(torch, state)
-        if weight.dtype == torch.float64:  # the oracle
-            dtype = torch.float64
-        blocks = -(-weight.numel() // BLOCK)
-        scales = [weight.new_zeros(blocks, dtype=torch.float32) if state == "int8" else None for _ in range(2)]
-        return cls(
-            weight=weight,
-            master=weight.float() if master else None,
-            exp_avg=torch.zeros_like(weight, dtype=dtype),
-            exp_avg_sq=torch.zeros_like(weight, dtype=dtype),
-            exp_avg_scale=scales[0],
-            exp_avg_sq_scale=scales[1],
-            rate=rate,
-            decay=decay,
-        )
+        if state == "int8":
+            blocks = -(-weight.numel() // BLOCK)
+            first, second = (weight.new_zeros(blocks, BLOCK, dtype=torch.uint8) for _ in range(2))
+            exponents = weight.new_zeros(blocks, 2, dtype=torch.uint8)
+        else:
+            dtype = torch.float64 if weight.dtype == torch.float64 else getattr(torch, state)  # float64: the oracle
+            first, second = (torch.zeros_like(weight, dtype=dtype) for _ in range(2))
+            exponents = None
+        return cls(weight, weight.float() if master else None, first, second, exponents, rate, decay)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Both as they are kept, of the weight's shape; codes decoded to float32."""
+        if self.exponents is None:
+            return self.exp_avg, self.exp_avg_sq
+        shape, of_first, of_second = self.weight.shape, *self.exponents.unbind(1)
+        return decode_first(self.exp_avg, of_first, shape), decode_second(self.exp_avg_sq, of_second, shape)
 
 
 @torch.no_grad()
@@ -114,40 +118,45 @@ def adamw_reference(
     weight = slot.weight if slot.master is None else slot.master
     wide = torch.promote_types(weight.dtype, torch.float32)
     beta1, beta2 = betas
-    bits = random_bits(weight.numel(), seed=seed, step=step, stream=stream, device=weight.device).view(weight.shape)
+    draws = random_bits(weight.numel(), seed=seed, step=step, stream=stream, device=weight.device)
+    of_first, of_second, of_weight = (r.view(weight.shape) for r in draws)
+    m, v = (moment.to(wide) for moment in slot.moments())
     g = grad.to(wide) * clip_scale
-    m = beta1 * _read_first(slot, wide) + (1 - beta1) * g
-    v = beta2 * _read_second(slot, wide) + (1 - beta2) * g * g
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
     lr = lr * slot.rate
     p, update = weight.to(wide), m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps) * (lr / (1 - beta1**step))
-    _write(weight, p - (update + p * (lr * slot.decay)), bits & 0xFFFF)
+    _write(weight, p - (update + p * (lr * slot.decay)), of_weight)
     if slot.master is not None:
         slot.weight.copy_(slot.master)
-    if slot.exp_avg_scale is None or slot.exp_avg_sq_scale is None:
-        _write(slot.exp_avg, m, bits >> 4 & 0xFFFF)
-        _write(slot.exp_avg_sq, v, bits >> 16)
+    if slot.exponents is None:
+        _write(slot.exp_avg, m, of_first)
+        _write(slot.exp_avg_sq, v, of_second)
     else:
-        for encode, codes, scale, value, r in (
-            (encode_first, slot.exp_avg, slot.exp_avg_scale, m, bits & 0xFFFFF),
-            (encode_second, slot.exp_avg_sq, slot.exp_avg_sq_scale, v, bits >> 12),
-        ):
-            scale.copy_(block_max(value))
-            codes.copy_(encode(value, scale, r))
+        slot.exponents.copy_(torch.stack((block_exponents(m / UNIT), block_exponents(v)), 1))
+        slot.exp_avg.copy_(encode_first(m, slot.exponents[:, 0], of_first))
+        slot.exp_avg_sq.copy_(encode_second(v, slot.exponents[:, 1], of_second))
 
 
-def random_bits(numel: int, *, seed: int, step: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
-    """(numel,) int64 of 32 random bits each: word k of Philox4x32 with counter (c, stream, step, 0) and key `seed`.
+def random_bits(
+    numel: int, *, seed: int, step: int, stream: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Words of 32 random bits for the first moment, the second and the weight of each element: (numel,) int64 each, of
+    which rounding uses as many of the upper bits as it drops.
 
-    The weight is rounded with bits 0 to 15, the first moment with 0 to 19, the second with 12 to 31 (or the upper 16 of
-    these): of no two are the four bits that weigh most the same.
-
-    Element e of tile j = e // (4 LANES) has k = (e // LANES) % 4 and c = j LANES + e % LANES, whatever block size a
-    kernel works with.
+    Philox4x32, key `seed`, is called with the counters (c, stream, step, 0). Block b of `BLOCK` elements is block q =
+    b % 8 of group s = b // 8 % 4 of tile b // 32; its elements 128 h + 2 j + o have c = 512 (b // 32) + 64 q + j and
+    word k = 2 h + o, put s times through the generator's next. So a call serves 16 elements; the second moment takes
+    word k, the first k + 1, the weight k + 2 (modulo 4), so that no element rounds two numbers with one word.
     """
-    tiles = -(-numel // (4 * LANES))
-    counter = torch.arange(tiles * LANES, dtype=torch.int64, device=device)
-    words = philox4x32(counter, stream, step, 0, seed=seed)
-    return torch.stack(words).view(4, tiles, LANES).transpose(0, 1).reshape(-1)[:numel]
+    tiles = -(-numel // TILE)
+    words = torch.stack(philox4x32(torch.arange(tiles * CALLS, device=device), stream, step, 0, seed=seed), 1)
+    groups = [words.view(tiles, CALLS // LANES, LANES, 4)]
+    for _ in range(3):
+        groups.append(groups[-1] * LCG_MULTIPLY + LCG_ADD & 0xFFFFFFFF)
+    found = torch.stack(groups, 1).view(-1, LANES, 4)
+    first, second, weight = (_in_order(found.roll(-k, 2).reshape(-1, BLOCK), numel) for k in (1, 0, 2))
+    return first, second, weight
 
 
 def philox4x32(c0: Tensor, c1: int, c2: int, c3: int, *, seed: int, rounds: int = PHILOX_ROUNDS) -> list[Tensor]:
@@ -169,63 +178,74 @@ def philox4x32(c0: Tensor, c1: int, c2: int, c3: int, *, seed: int, rounds: int 
 
 
 def round_stochastically(x: Tensor, r: Tensor) -> Tensor:
-    """float32 `x` to bfloat16: up in magnitude with probability (its dropped bits) / 2^16, where `r` is uniform in
-    0 .. 2^16 - 1. NaN stays NaN, infinities stay what they are."""
-    bits = x.contiguous().view(torch.int32) + r.to(torch.int32) & -65536
-    return torch.where(x.isnan(), x, bits.view(torch.float32)).to(torch.bfloat16)
+    """float32 `x` to bfloat16: up in magnitude with probability (its dropped bits) / 2^16, where the upper 16 bits of
+    `r` are uniform. Infinities stay what they are; NaN becomes one."""
+    bits = torch.where(x.isnan(), torch.inf, x).contiguous().view(torch.int32)
+    return (bits + (r >> 16).to(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def block_max(x: Tensor) -> Tensor:
-    """(ceil(numel / BLOCK),) the largest magnitude of each block of consecutive elements."""
-    flat = x.reshape(-1)
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK))
-    return padded.view(-1, BLOCK).abs().amax(1).float()
+def block_exponents(x: Tensor) -> Tensor:
+    """(ceil(numel / BLOCK),) uint8, biased as a float32's: the powers of two that take each block's largest magnitude
+    to at most `TOP`."""
+    largest = _blocks(x.float()).abs().amax(1)
+    return (largest.view(torch.int32) + (1 << 23) - TOP >> 23).to(torch.uint8)
 
 
-def encode_first(m: Tensor, scale: Tensor, r: Tensor) -> Tensor:
-    """uint8 codes of `m`; `r` is uniform in 0 .. 2^20 - 1."""
-    size = m.float().abs() * _spread(_inverse(scale) * FIRST_SPAN, m) + FIRST_LOWEST
-    return (_code(size, r, FIRST_BASE) + torch.where(m < 0, 128, 0)).to(torch.uint8)
+def encode_first(m: Tensor, exponents: Tensor, r: Tensor) -> Tensor:
+    """(blocks, BLOCK) uint8 codes of `m`; the upper 20 bits of `r`, of m's shape, are uniform."""
+    # exponents 0 to 15 and what lies below, which a float32 spaces evenly
+    size = (_blocks(m.double()).abs() / UNIT * _power(exponents, -1) * 2.0**-112).float()
+    code = _up(size, _blocks(r)) + torch.where(_blocks(m) < 0, 128, 0)
+    return _as_words(code.to(torch.uint8))
 
 
-def decode_first(codes: Tensor, scale: Tensor) -> Tensor:
-    """float32."""
+def decode_first(codes: Tensor, exponents: Tensor, shape: torch.Size) -> Tensor:
+    """float32 of `shape`."""
     bits = codes.to(torch.int32)
-    size = ((bits & 127) + FIRST_BASE << 20).view(torch.float32) - FIRST_LOWEST
-    return torch.where(bits > 127, -size, size) * _spread(scale / FIRST_SPAN, codes)
+    size = ((bits & 127) << 20).view(torch.float32).double() * 2.0**112 * _power(exponents, 1) * UNIT
+    return _in_order(torch.where(bits > 127, -size, size).float(), shape.numel()).view(shape)
 
 
-def encode_second(v: Tensor, scale: Tensor, r: Tensor) -> Tensor:
-    """uint8 codes of `v` >= 0; what is below 2^-32 of its block's largest has the lowest code. `r` as above."""
-    return _code(v.float() * _spread(_inverse(scale) * KEPT, v), r, SECOND_BASE).clamp(min=0).to(torch.uint8)
+def encode_second(v: Tensor, exponents: Tensor, r: Tensor) -> Tensor:
+    """The same of `v` >= 0; what is below 2^-31 of its block's power of two has the lowest code."""
+    size = (_blocks(v.double()) * _power(exponents, -1)).float()
+    return _as_words((_up(size, _blocks(r)) - _LOWEST).clamp(min=0).to(torch.uint8))
 
 
-def decode_second(codes: Tensor, scale: Tensor) -> Tensor:
-    """float32; above 0 in every block that holds anything."""
-    return (codes.to(torch.int32) + SECOND_BASE << 20).view(torch.float32) * _spread(scale / KEPT, codes)
+def decode_second(codes: Tensor, exponents: Tensor, shape: torch.Size) -> Tensor:
+    """float32 of `shape`; above 0 in every block that holds anything."""
+    size = (codes.to(torch.int32) + _LOWEST << 20).view(torch.float32).double() * _power(exponents, 1)
+    size = torch.where(exponents[:, None] > 0, size, 0)
+    return _in_order(size.float(), shape.numel()).view(shape)
 
 
-def _code(x: Tensor, r: Tensor, base: int) -> Tensor:
-    """The upper bits of float32 `x` >= 0, rounded stochastically: `r` in the bits below carries into them."""
-    return (x.contiguous().view(torch.int32) + r.to(torch.int32) >> 20) - base
+_LOWEST = 0x300  # bits 20 and up of 2^-31
 
 
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, 1 / scale, 0)
+def _up(x: Tensor, r: Tensor) -> Tensor:
+    """Bits 20 and up of float32 `x` >= 0, rounded stochastically: `r` in the bits below carries into them."""
+    return x.contiguous().view(torch.int32) + (r >> 12).to(torch.int32) >> 20
 
 
-def _spread(scale: Tensor, like: Tensor) -> Tensor:
-    return scale.repeat_interleave(BLOCK)[: like.numel()].view(like.shape)
+def _power(exponents: Tensor, sign: int) -> Tensor:
+    """(blocks, 1) float64: 2^(sign (exponent - 127)), by its bits."""
+    return (sign * (exponents.to(torch.int64)[:, None] - 127) + 1023 << 52).view(torch.float64)
 
 
-def _read_first(slot: AdamWSlot, wide: torch.dtype) -> Tensor:
-    return slot.exp_avg.to(wide) if slot.exp_avg_scale is None else decode_first(slot.exp_avg, slot.exp_avg_scale)
+def _blocks(x: Tensor) -> Tensor:
+    """(blocks, BLOCK) of the elements in order, zeros at the end."""
+    flat = x.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
 
 
-def _read_second(slot: AdamWSlot, wide: torch.dtype) -> Tensor:
-    if slot.exp_avg_sq_scale is None:
-        return slot.exp_avg_sq.to(wide)
-    return decode_second(slot.exp_avg_sq, slot.exp_avg_sq_scale)
+def _as_words(codes: Tensor) -> Tensor:
+    """Blocks of elements in order -> in the order of memory."""
+    return codes.view(-1, 2, LANES, 2).transpose(1, 2).reshape(-1, BLOCK)
+
+
+def _in_order(codes: Tensor, numel: int) -> Tensor:
+    """The inverse, flat."""
+    return codes.view(-1, LANES, 2, 2).transpose(1, 2).reshape(-1)[:numel]
 
 
 def _write(target: Tensor, value: Tensor, r: Tensor) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chronicals.kernels.adamw import STATE_DTYPES, AdamWSlot, StateDtype, adamw_reference
 from chronicals.kernels.capability import why_not_fused
@@ -36,11 +36,13 @@ class AdamW:
     """AdamW over named parameters, all on one device.
 
     Args:
-        named_parameters: the trainable parameters, under the names of `model.named_parameters()`.
+        named_parameters: what is trained, under the names that gradients and state will have: parameters, or
+            contiguous views of them. A run trains views by their Hugging Face names, so that whatever a checkpoint
+            holds has one of these, blocks of 8-bit moments and random numbers too.
         betas, eps, weight_decay: as in the paper; the learning rate is an argument of every step.
         decay_names: the parameters that weight decay touches (see `groups.decay_names`).
         rates: what multiplies the learning rate of a parameter, where that is not 1.
-        state_dtype: of the moments; "int8" is blockwise, with a float32 scale for each 256.
+        state_dtype: of the moments; "int8" is blockwise, with a power of two for each 256.
         master: keep a float32 master of weights that are not float32; without one, bfloat16 weights are rounded
             stochastically.
         seed: of stochastic rounding.
@@ -54,7 +56,7 @@ class AdamW:
 
     def __init__(
         self,
-        named_parameters: Mapping[str, nn.Parameter],
+        named_parameters: Mapping[str, Tensor],
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -172,17 +174,15 @@ class AdamW:
             torch._foreach_zero_(grads)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """The live state by parameter name: "exp_avg", "exp_avg_sq", and "master" for the weights that have one; with
-        8-bit moments also "exp_avg_scale" and "exp_avg_sq_scale", one number for each 256 elements. All but these two
-        are shaped as their parameters.
+        """The live state by parameter name: "exp_avg", "exp_avg_sq", and "master" for the weights that have one, all
+        shaped as their parameters. 8-bit moments are (blocks, 256) uint8 codes instead, and have "exponents", (blocks,
+        2) uint8 of the two (see `chronicals/kernels/adamw.py`).
 
         Together with `step_count` it is everything a checkpoint holds. To load one, copy into these tensors in place.
         """
-        kinds = ["exp_avg", "exp_avg_sq", "master"]
-        scales = ["exp_avg_scale", "exp_avg_sq_scale"]
-        found: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+        found: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}, "master": {}}
         for name, slot in self._slots.items():
-            for kind in kinds + scales:
+            for kind in (*found, "exponents"):
                 tensor = getattr(slot, kind)
                 if tensor is not None:
                     found.setdefault(kind, {})[name] = tensor

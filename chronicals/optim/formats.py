@@ -34,7 +34,7 @@ class Format:
 
 
 def format_of(optimizer: str, dtype: torch.dtype) -> Format:
-    """The format of config key `optimizer` for weights of `dtype`. Raises UserError where the two do not go together."""
+    """The format of config key `optimizer` for weights of `dtype`. Raises UserError where they do not go together."""
     if optimizer == "adamw_bf16_sr":
         if dtype != torch.bfloat16:
             name = str(dtype).removeprefix("torch.")

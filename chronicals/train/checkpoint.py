@@ -2,8 +2,8 @@
 
 A checkpoint is a model folder (weights, config.json, generation_config.json, tokenizer), plus
 
-    optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>, master.<name> under Hugging Face names, and step_count;
-                            loss_scale.<what> of a float16 run; sharded when large
+    optimizer.safetensors   exp_avg.<name>, exp_avg_sq.<name>, master.<name>, exponents.<name> (of 8-bit moments) under
+                            Hugging Face names, step_count, and loss_scale.<what> of a float16 run; sharded when large
     rng.safetensors         random state of torch
     trainer_state.json      progress, what may not change, the size of every file, the digest of every tensor
     config.yaml             as run
@@ -238,9 +238,10 @@ def _optimizer_views(model: Decoder, optimizer: OptimizerState, loss_scale: Loss
     """The live optimizer state under the names it is saved by; loading copies into the same views."""
     yield "step_count", optimizer.step_count
     yield from ((f"loss_scale.{name}", tensor) for name, tensor in loss_scale.state().items())
+    theirs = {name for name, _ in hf_views(model, dict(model.named_parameters()))}
     for kind, tensors in optimizer.state().items():
-        for name, view in hf_views(model, tensors):
-            yield f"{kind}.{name}", view
+        named = tensors.items() if theirs.issuperset(tensors) else hf_views(model, tensors)
+        yield from ((f"{kind}.{name}", tensor) for name, tensor in named)
 
 
 def _write_optimizer(folder: Path, parts: Parts) -> None:

@@ -150,16 +150,17 @@ def build(weights: dict[str, nn.Parameter], state: str, master: bool, **options:
 @pytest.mark.parametrize(("state", "master"), FORMATS)
 def test_formats_keep_what_they_say(state: str, master: bool) -> None:
     kept = build(parameters(torch.bfloat16), state, master).state()
-    scales = {"exp_avg_scale", "exp_avg_sq_scale"} if state == "int8" else set()
-    assert set(kept) == {"exp_avg", "exp_avg_sq", "master"} | scales
+    assert set(kept) == {"exp_avg", "exp_avg_sq", "master"} | ({"exponents"} if state == "int8" else set())
     assert set(kept["master"]) == (set(SHAPES) if master else set())
+    blocks = {name: 3 if name == "embed.weight" else 1 for name in SHAPES}
     for kind in ("exp_avg", "exp_avg_sq"):
-        expected = torch.uint8 if state == "int8" else getattr(torch, state)
-        assert all(t.dtype == expected and t.shape == SHAPES[name] for name, t in kept[kind].items())
-    for kind in scales:
-        assert {name: t.shape for name, t in kept[kind].items()} == {
-            name: (3,) if name == "embed.weight" else (1,) for name in SHAPES
-        }
+        for name, tensor in kept[kind].items():
+            if state == "int8":
+                assert (tensor.dtype, tensor.shape) == (torch.uint8, (blocks[name], 256))
+            else:
+                assert (tensor.dtype, tensor.shape) == (getattr(torch, state), SHAPES[name])
+    for name, tensor in kept.get("exponents", {}).items():
+        assert (tensor.dtype, tensor.shape) == (torch.uint8, (blocks[name], 2))
 
 
 @pytest.mark.parametrize(("state", "master"), FORMATS)
