@@ -5,11 +5,11 @@ For one row with raw logits x, z = softcap(logit_scale * x), target t, smoothing
     lse = log sum_j exp z_j                         loss = lse - (1 - e) z_t - e mean_j(z_j) + g lse^2
     dlogits_j = scale * ((1 + 2 g lse) exp(z_j - lse) - (1 - e) [j = t] - e / V) * dz_j/dx_j
 
-(docs/math/linear-cross-entropy.md). One launch does both for rows that are whole: the maximum and the sum
-come out of one sweep (online softmax, Milakov & Gimelshein 2018), a second sweep overwrites the logits. The floor is
-one read and one write of the logits; the second sweep reads again, from L2 where the rows in flight fit there (one
-program a multiprocessor, 300 KB a row of 152k bf16 columns: about 40 MB). Where logits exist a block of columns at a
-time, each sweep is a launch of its own.
+(docs/math/linear-cross-entropy.md). One launch does both for rows that are whole: the maximum and the sum come out of
+one sweep (online softmax, Milakov & Gimelshein 2018), a second sweep overwrites the logits. The floor is one read and
+one write of the logits; the second sweep reads again, from L2 where the rows in flight fit there (one program a
+multiprocessor, 300 KB a row of 152k bf16 columns: about 40 MB, which is too much for most of it to stay). Where logits
+exist a block of columns at a time, each sweep is a launch of its own.
 
 Each lane of a program keeps a maximum and a sum of its own over vectors of `VEC` columns; they meet once, at the end
 of the row. So the sweep has no barrier in it, and a maximum is paid once a vector. Exponentials are powers of two, in
@@ -37,7 +37,6 @@ class RowConfig(NamedTuple):
     lanes: int
     vec: int  # neighbouring columns of a lane: 16 bytes of bf16
     threads: int
-    held: int = 0  # blocks that stay in registers between the sweeps, of 16-bit logits only
 
 
 # blocks of columns; whole vocabularies, whose rows get a multiprocessor of their own
@@ -89,38 +88,12 @@ def _add(peak: tl.tensor, total: tl.tensor, z: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _hold(ROW: tl.tensor, COUNT: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr) -> tl.tuple:
-    """The first `COUNT` blocks of a row of 16-bit logits, two to a register, all on their way at once."""
-    PAIRS = ROW.to(tl.pointer_type(tl.int32), bitcast=True)
-    pairs = tl.arange(0, LANES)[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
-    held = ()
-    for i in tl.static_range(COUNT):
-        block = tl.load(PAIRS + i * (LANES * VEC // 2) + pairs, eviction_policy="evict_first")
-        held = held + (block,)  # type: ignore[assignment]  # noqa: RUF005  triton knows no unpacking
-    return held
-
-
-@triton.jit
-def _apart(pairs: tl.tensor, DTYPE: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr) -> tl.tensor:
-    """A held block as float32, (LANES, VEC)."""
-    if tl.bfloat16 == DTYPE:  # the upper halves of float32
-        low = (pairs << 16).to(tl.float32, bitcast=True)
-        high = (pairs & -65536).to(tl.float32, bitcast=True)
-    else:
-        low = pairs.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-        high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    return tl.reshape(tl.join(low, high), (LANES, VEC))
-
-
-@triton.jit
 def _online_softmax(
     ROW: tl.tensor,
-    held: tl.tuple,
     width: tl.tensor,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     SMOOTHING: tl.constexpr,
-    HELD: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ) -> tl.tensor:
@@ -130,14 +103,9 @@ def _online_softmax(
     peak = tl.full((LANES,), LOWEST, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     sums = tl.zeros((LANES,), tl.float32)
-    for i in tl.static_range(HELD):
-        z = _scaled(_apart(held[i], ROW.dtype.element_ty, LANES, VEC), SOFTCAP, LOGIT_SCALE)
-        peak, total = _add(peak, total, z)
-        if SMOOTHING != 0.0:
-            sums += tl.sum(z, axis=1)
     # whole blocks unmasked: a mask that ends at an odd column would break 16-byte loads into single ones
     full = width // BLOCK * BLOCK
-    for start in range(HELD * BLOCK, full, BLOCK):
+    for start in range(0, full, BLOCK):
         x = tl.load(ROW + start + cols, eviction_policy="evict_last").to(tl.float32)
         z = _scaled(x, SOFTCAP, LOGIT_SCALE)
         peak, total = _add(peak, total, z)
@@ -181,7 +149,6 @@ def _dlogits(
 @triton.jit
 def _write_dlogits(
     ROW: tl.tensor,
-    held: tl.tuple,
     width: tl.tensor,
     column: tl.tensor,
     lse2: tl.tensor,
@@ -191,7 +158,6 @@ def _write_dlogits(
     LOGIT_SCALE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
-    HELD: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ) -> None:
@@ -207,18 +173,11 @@ def _write_dlogits(
         is_target = cols == column - full
         d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
         tl.store(ROW + full + cols, d.to(ROW.dtype.element_ty), mask=inside, eviction_policy="evict_first")
-    for start in range(HELD * BLOCK, full, BLOCK):
+    for start in range(0, full, BLOCK):
         x = tl.load(ROW + start + cols, eviction_policy="evict_first").to(tl.float32)
         is_target = cols == column - start
         d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
         tl.store(ROW + start + cols, d.to(ROW.dtype.element_ty), eviction_policy="evict_first")
-    # 0, but the compiler cannot know: it would keep the float32 values of the first sweep, twice as many registers
-    nothing = width >> 31
-    for i in tl.static_range(HELD):
-        x = _apart(held[i] ^ nothing, ROW.dtype.element_ty, LANES, VEC)
-        is_target = cols == column - i * BLOCK
-        d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
-        tl.store(ROW + i * BLOCK + cols, d.to(ROW.dtype.element_ty), eviction_policy="evict_first")
 
 
 @triton.jit
@@ -258,7 +217,6 @@ def cross_entropy_kernel(
     LOGIT_SCALE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
-    HELD: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ) -> None:
@@ -268,14 +226,13 @@ def cross_entropy_kernel(
     if LOSS is not None and PEAK is None:  # rows are whole: fewer registers
         start, vocab = 0, width
     column = target - start
-    held = _hold(ROW, HELD, LANES, VEC)
     if LOSS is None:
         lse2 = tl.load(LSE + row) * LOG2E
     else:
         here = (column >= 0) & (column < width)
         # before the reductions' barriers, and so before any thread overwrites it
         x_target = tl.load(ROW + column, mask=here, other=0.0).to(tl.float32)
-        peak, total, z_sum = _online_softmax(ROW, held, width, SOFTCAP, LOGIT_SCALE, SMOOTHING, HELD, LANES, VEC)
+        peak, total, z_sum = _online_softmax(ROW, width, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC)
         linear = tl.where(here, (1.0 - SMOOTHING) * _scaled(x_target, SOFTCAP, LOGIT_SCALE), 0.0)
         if SMOOTHING != 0.0:
             linear += z_sum * (SMOOTHING / vocab)
@@ -297,9 +254,7 @@ def cross_entropy_kernel(
             tl.store(LSE + row, lse2 * LN2, mask=last)
     if SCALE is not None:
         scale = tl.where(target == IGNORE, 0.0, tl.load(SCALE + row * SCALE_STRIDE) * LOGIT_SCALE)
-        _write_dlogits(
-            ROW, held, width, column, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, HELD, LANES, VEC
-        )
+        _write_dlogits(ROW, width, column, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, LANES, VEC)
 
 
 class Softmax(NamedTuple):
@@ -329,7 +284,6 @@ def _launch(
     rows, width = logits.shape
     config = config or config_for(width)
     assert logits.stride(1) == 1 or width == 1, "rows whole"
-    assert not config.held or (logits.element_size() == 2 and logits.stride(0) % 2 == 0), "logits are held in pairs"
     cross_entropy_kernel[(rows,)](
         logits,
         targets,
@@ -341,7 +295,6 @@ def _launch(
         vocab,
         SCALE_STRIDE=int(scale is not None and scale.numel() > 1),
         **constexprs(options),
-        HELD=config.held,
         LANES=config.lanes,
         VEC=config.vec,
         num_warps=warps(config),

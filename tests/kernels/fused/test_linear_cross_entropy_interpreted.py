@@ -96,16 +96,15 @@ def test_every_config_walks_blocks_and_a_tail(config: RowConfig) -> None:
     assert relative_error(logits, gradient) < 1e-6
 
 
-@pytest.mark.parametrize("vocab", [96, 97, 133, 160])
+@pytest.mark.parametrize("vocab", [7, 64, 97, 160])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 5e-4), (torch.bfloat16, 5e-3)])
-def test_blocks_that_stay_in_registers(dtype: torch.dtype, rounding: float, vocab: int) -> None:
-    """Three blocks of 32 columns are held, the rest is read again."""
+def test_rows_in_half_precision(dtype: torch.dtype, rounding: float, vocab: int) -> None:
     logits = (3 * torch.randn(3, vocab + vocab % 2)).to(dtype)[:, :vocab]
     targets, exact = torch.tensor([vocab - 1, 4, -100]), logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
     (gradient,) = torch.autograd.grad(expected.sum() / 2, exact)
     losses = torch.full((3,), math.nan)
-    config = RowConfig(4, 8, 128, held=3)
+    config = RowConfig(4, 8, 128)
     cross_entropy_rows.cross_entropy_rows_(logits, targets, torch.tensor([0.5]), losses, HeadOptions(), config)
     assert relative_error(losses, expected) < 1e-6
     assert relative_error(logits, gradient) < rounding
