@@ -121,10 +121,18 @@ class Guard:
         self._before, self._span = now, 0
 
     def check(self, step: int, *, last: bool = False) -> None:
-        """Read the verdict (one synchronisation); raises GuardError. `last`: the run ends here, so a short run is
-        judged too."""
+        """Read the flags (one synchronisation) and judge them."""
+        self.judge(self.flags().tolist(), step, last=last)
+
+    def flags(self) -> Tensor:
+        """(1 + 2 P,) int64, all that `judge` must know."""
+        return torch.cat([self._bad_step.view(1), self._reached, self._stuck])
+
+    def judge(self, flags: Sequence[int], step: int, *, last: bool = False) -> None:
+        """Raises GuardError where the flags of `step` speak against the run. `last`: the run ends here, so a short run
+        is judged too."""
         count = len(self.names)
-        bad_step, *flags = torch.cat([self._bad_step.view(1), self._reached, self._stuck]).tolist()
+        bad_step, *flags = flags
         watched = step + 1 - self._first
         if bad_step:
             raise GuardError(self._not_finite(bad_step))

@@ -47,8 +47,8 @@ class LossScale:
         """The live tensors that a checkpoint holds; to load one, copy into them."""
         return {}
 
-    def row(self) -> dict[str, float]:
-        """What is logged of it; reads it back."""
+    def row(self) -> dict[str, Tensor]:
+        """What is logged of it: (1,) each, whole numbers, live."""
         return {}
 
 
@@ -89,8 +89,8 @@ class DynamicLossScale(LossScale):
     def state(self) -> dict[str, Tensor]:
         return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
 
-    def row(self) -> dict[str, float]:
-        return {"loss_scale": float(self.scale), "skipped_steps": int(self.skipped)}
+    def row(self) -> dict[str, Tensor]:
+        return {"loss_scale": self.scale, "skipped_steps": self.skipped}
 
 
 def loss_scale_for(dtype: torch.dtype, device: torch.device) -> LossScale:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from chronicals.data.batch import PackedBatch
 
@@ -47,6 +48,23 @@ class MetricsFile:
         self._file.close()
 
 
+class OnItsWay:
+    """A tensor's value on its way to the host: nothing waits for it until it is read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._arrived = tensor, None
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[Any]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor.tolist()
+
+
 class Meter:
     """Tokens and training seconds since the last logged row."""
 
@@ -54,9 +72,6 @@ class Meter:
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.restart()
-
-    def restart(self) -> None:
         self._since, self._steps, self._tokens = time.perf_counter(), 0, 0
 
     def add(self, window: Sequence[PackedBatch]) -> None:
@@ -73,17 +88,22 @@ class Meter:
         yield
         self._since += time.perf_counter() - start
 
-    def read(self) -> Row:
-        """The speed columns of a row, and start over. Call it after a value of the last step was read, so that its
-        work is done."""
-        seconds = time.perf_counter() - self._since
-        row = {
-            "tokens_per_second": round(self._tokens / seconds, 1),
-            "step_ms": round(1000 * seconds / self._steps, 2),
+    def mark(self) -> tuple[int, int]:
+        """Steps and tokens since the last mark: what the next `read` is about."""
+        counted = self._steps, self._tokens
+        self._steps, self._tokens = 0, 0
+        return counted
+
+    def read(self, mark: tuple[int, int]) -> Row:
+        """The speed columns of a row. Call it when the marked steps' work is done, and once for each mark."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        steps, tokens = mark
+        return {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "step_ms": round(1000 * seconds / steps, 2),
             "peak_memory_gib": round(peak_memory(self._device) / 2**30, 3),
         }
-        self.restart()
-        return row
 
 
 def peak_memory(device: torch.device) -> int:

@@ -26,11 +26,12 @@ from chronicals.train.display import Display
 from chronicals.train.evaluate import evaluate
 from chronicals.train.graph import own_stream
 from chronicals.train.lock import held
-from chronicals.train.metrics import Meter, MetricsFile, Row
+from chronicals.train.metrics import Meter, MetricsFile, OnItsWay, Row
 from chronicals.train.precision import out_of_memory_explained, reproducible
 from chronicals.train.setup import Run, Start
 from chronicals.train.signals import StopSignals
 from chronicals.train.state import RunState
+from chronicals.train.step import StepOutput
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,16 @@ class Trainer:
             return Training(run, display, signals).run_to_the_end()
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A row that is to be written when its numbers have come."""
+
+    row: Row
+    mark: tuple[int, int]  # the meter's
+    numbers: OnItsWay  # loss, gradient norm, what the loss scale logs
+    flags: OnItsWay  # the guard's
+
+
 class Training:
     """The steps of one run."""
 
@@ -107,6 +118,7 @@ class Training:
         self.state, self.plan, self.output_dir = run.state, run.data.plan, run.start.output_dir
         self.saved = self.state.step  # the last step that needs no checkpoint: the one resumed from, or step 0
         self.loss_sum = torch.tensor(self.state.loss_sum, device=run.start.device)  # since the last logged row
+        self.waiting: Waiting | None = None
 
     def run_to_the_end(self) -> TrainResult:
         """Open what a run writes to, train, and close it whatever happens."""
@@ -150,7 +162,7 @@ class Training:
             self.step(next(windows))
 
     def step(self, window: Sequence[PackedBatch]) -> None:
-        """Train one step and log it where it is due."""
+        """Train one step and log it where it is due: on a GPU when the next one has been launched."""
         run, state = self.run, self.state
         lr = lr_at(run.schedule, state.step, self.plan.total_steps)
         state.step += 1
@@ -160,33 +172,57 @@ class Training:
         output = run.step(state.step, window, lr)
         self.loss_sum += output.loss
         state.loss_steps += 1
+        self.write_waiting()  # the row of a step before, while the device is busy with this one
         if self.plan.logs(state.step):
-            run.guard.check(state.step, last=state.step == self.plan.total_steps)
-            self.log(float(output.grad_norm), lr)
+            self.waiting = self.observe(output, lr)
+        if run.start.device.type == "cpu":
+            self.write_waiting()
 
-    def log(self, grad_norm: float, lr: float) -> None:
-        """A row of metrics.jsonl; its loss is the mean over the steps since the last row."""
-        state = self.state
-        state.train_loss = float(self.loss_sum) / state.loss_steps
-        self.loss_sum.zero_()
-        state.loss_steps = 0
+    def observe(self, output: StepOutput, lr: float) -> Waiting:
+        """All that this step's row needs; its loss is the mean over the steps since the last row."""
+        run, state = self.run, self.state
         row = {
             "step": state.step,
             "epoch": self.plan.epoch(state.step),
-            "loss": state.train_loss,
-            **({"grad_norm": grad_norm} if math.isfinite(grad_norm) else {}),  # a skipped step has none
+            "loss": None,
+            "grad_norm": None,
             "learning_rate": lr,
             "tokens": state.tokens,
             "supervised_tokens": state.supervised_tokens,
-            **self.run.step.loss_scale.row(),
-            **self.meter.read(),
         }
+        scale = run.step.loss_scale.row()
+        row |= dict.fromkeys(scale)
+        numbers = [
+            self.loss_sum / state.loss_steps,
+            output.grad_norm,
+            *(value.float().view(()) for value in scale.values()),
+        ]
+        waiting = Waiting(row, self.meter.mark(), OnItsWay(torch.stack(numbers)), OnItsWay(run.guard.flags()))
+        self.loss_sum.zero_()
+        state.loss_steps = 0
+        return waiting
+
+    def write_waiting(self) -> None:
+        """Judge and write the row that waits, if there is one."""
+        if self.waiting is None:
+            return
+        waiting, self.waiting = self.waiting, None
+        loss, grad_norm, *scale = waiting.numbers.read()
+        row, step = waiting.row, waiting.row["step"]
+        self.run.guard.judge(waiting.flags.read(), step, last=step == self.plan.total_steps)
+        self.state.train_loss = row["loss"] = loss
+        row["grad_norm"] = grad_norm
+        row |= {name: int(value) for name, value in zip(self.run.step.loss_scale.row(), scale, strict=True)}
+        if not math.isfinite(grad_norm):
+            del row["grad_norm"]  # a skipped step has none
+        row |= self.meter.read(waiting.mark)
         self.write(row)
         self.display.step(row)
 
     def evaluate(self) -> None:
         """`eval_loss` over the whole evaluation set; a signal on the way leaves it for the resumed run."""
         run, state = self.run, self.state
+        self.write_waiting()
         assert run.data.eval is not None
         with self.meter.paused():
             evaluation = evaluate(
@@ -205,6 +241,7 @@ class Training:
     def save(self) -> None:
         """A checkpoint of this step, unless it has one; never of a run that the guard would stop."""
         run, state = self.run, self.state
+        self.write_waiting()
         if self.saved == state.step:
             return
         with self.meter.paused():
@@ -218,6 +255,7 @@ class Training:
 
     def finish(self) -> None:
         """The final model."""
+        self.write_waiting()
         self.run.guard.check(self.state.step, last=True)
         self.state.metrics_bytes = self.metrics.sync()
         write_final(self.output_dir, self.run.parts(), self.run.trainer_state())

@@ -48,11 +48,11 @@ def test_only_real_tokens_and_training_time_count(monkeypatch: pytest.MonkeyPatc
         now[0] += 100.0
     meter.add(window(20))
     now[0] += 1.0
-    row = meter.read()
+    row = meter.read(meter.mark())
     assert (row["tokens_per_second"], row["step_ms"]) == (30.0, 1000.0), "60 tokens of 128 slots, in 2 s and 2 steps"
     meter.add(window(10))
     now[0] += 0.5
-    assert meter.read()["tokens_per_second"] == 20.0
+    assert meter.read(meter.mark())["tokens_per_second"] == 20.0
 
 
 def test_peak_memory_on_the_cpu_is_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
