@@ -301,6 +301,28 @@ def test_extra_memory(mode: str, limit: float) -> None:
     assert extra <= limit
 
 
+def test_extra_memory_where_the_sink_lends_the_scratch() -> None:
+    """At 8192 x 896 x 151936 in chunks of 2048, a bf16 gradient: one chunk of logits, and dW rounded once."""
+    hidden, weight, *rest = problem(8192, 896, 151936, torch.bfloat16, every=1, padding=0)
+    hidden.requires_grad_()
+    weight = torch.nn.Parameter(weight)
+    size = weight.numel()
+    flat = torch.full((3 * size + 128,), math.nan, device="cuda", dtype=torch.bfloat16)
+    sink = InPlace({weight: flat[:size].view(weight.shape)}, accumulate=False, flat=flat)
+    for _ in range(2):
+        sink.start()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss = fused.linear_cross_entropy(hidden, weight, *rest, mode="fast", chunk_rows=2048, sink=sink)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - hidden.nbytes
+        del loss
+    assert extra <= 2048 * 2 * (151936 + 2 * 896) + 2**20
+    (whole,) = torch.autograd.grad(fused.linear_cross_entropy(hidden, weight, *rest, mode="fast"), weight)
+    assert relative_error(sink.buffers[weight], whole) < 3e-3
+
+
 def test_agrees_with_the_plain_op() -> None:
     inputs = problem(760, 896, 8193, torch.bfloat16)
     for one, other in zip(outcome(fused.linear_cross_entropy, inputs), outcome(plain, inputs), strict=True):
