@@ -109,6 +109,16 @@ def test_a_step_that_is_not_finite_writes_nothing_but_zeros(
     assert all(not torch.equal(slot.weight, old["weight"]) for slot, old in zip(slots, before, strict=True))
 
 
+def test_a_rate_of_zero_moves_no_weight() -> None:
+    """Not even one that is zero, by the little that a bound on the rate would leave; without a gradient neither."""
+    weight, grad = torch.randn(272), torch.randn(272)
+    weight[::2], grad[::3] = 0.0, 0.0
+    slot = AdamWSlot.of(weight.clone(), state="float32", master=False, decay=0.1)
+    FusedAdamW([slot], betas=BETAS, eps=EPS).step([grad], one(0.0), one(1.0), one(1), one(1.0))
+    assert torch.equal(slot.weight, weight)
+    torch.testing.assert_close(slot.exp_avg, 0.1 * grad)
+
+
 @pytest.mark.parametrize("state", ["bfloat16", "int8"])
 def test_views_at_odd_addresses(state: str) -> None:
     wide, grad = torch.full((300,), 0.5, dtype=BF16), torch.randn(300).to(BF16)
