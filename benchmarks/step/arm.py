@@ -76,7 +76,9 @@ def synchronize(device: str) -> None:
 ARMS: dict[str, Spec] = {
     "ours": Spec("ours"),
     "ours_varlen": Spec("ours", options={"attention": "torch"}, about="attention by torch's FlashAttention-2"),
-    "ours_least": Spec("ours", options={"recompute": "mlp"}, about="less memory: recompute: mlp"),
+    "ours_least": Spec(
+        "ours", options={"recompute": "mlp", "layers": "4"}, about="less memory: recompute: mlp, recompute_layers: 4"
+    ),
     "ours_full": Spec("ours", options={"recompute": "full"}, about="least memory: recompute: full"),
     "ours_none": Spec("ours", options={"recompute": "none"}, about="recompute: none"),
     "unsloth": Spec("unsloth"),

@@ -12,10 +12,12 @@ reserved (graphs keep their pools there), and what the device had in use in all.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from benchmarks.step.arm import Arm, synchronize
+from benchmarks.step.turns import Turns
 from benchmarks.step.works import Work
 
 GIB = 2**30
 Row = dict[str, Any]
+ALONE = Turns()
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-3, 5e-2  # relative, bf16 against float32
 
@@ -37,7 +41,7 @@ class Memory:
 
     def __init__(self, device: str) -> None:
         self.on = device == "cuda"
-        self.peak = {"allocated": 0, "reserved": 0, "device": 0}
+        self.peak: dict[str, int] = {}
 
     def start(self) -> None:
         if self.on:
@@ -47,9 +51,31 @@ class Memory:
     def look(self) -> None:
         if not self.on:
             return
-        free, total = torch.cuda.mem_get_info()
-        seen = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), total - free)
-        self.peak = {name: max(self.peak[name], now) for name, now in zip(self.peak, seen, strict=True)}
+        seen = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        in_use = in_use_here()
+        seen |= {} if in_use is None else {"device": in_use}
+        self.peak |= {name: max(self.peak.get(name, 0), now) for name, now in seen.items()}
+
+    def gib(self) -> dict[str, float] | None:
+        return {name: peak / GIB for name, peak in self.peak.items()} if self.on else None
+
+
+def in_use_here() -> int | None:
+    """Bytes of the device in use by this process, its context and what libraries took past the allocator included.
+
+    None where the driver does not tell: in a container that has process ids of its own, or without its Python library.
+    """
+    if find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties().uuid}"
+        found = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(uuid))
+    except pynvml.NVMLError:
+        return None
+    return next((process.usedGpuMemory for process in found if process.pid == os.getpid()), None)
 
 
 def check_first_step(loss: float, grad_norm: float, expected: dict[str, float]) -> None:
@@ -87,9 +113,10 @@ def measure(
         make: builds the arm.
         expected: loss and gradient norm of the first step, from transformers in float32.
         started: `time.time()` at which this process began.
+        turns: this process among others that are in flight.
     """
     try:
-        return _measure(make, work, folder, expected, started)
+        return _measure(make, work, folder, expected, started, turns)
     except Exception as error:  # noqa: BLE001  an arm that cannot run is red, and the others still run
         return red(error)
 
@@ -108,7 +135,7 @@ def _measure(
     arm = make()
     arm.step(0)
     first_loss, first_norm = arm.loss(), arm.grad_norm()
-    first_seconds = time.time() - started
+    first_seconds = time.time() - started - turns.waited
     check_first_step(first_loss, first_norm, expected)
     for index in range(1, work.warmup + 1):
         arm.step(index)
@@ -120,12 +147,13 @@ def _measure(
     memory.start()
 
     seconds = []
-    for index in range(work.warmup + 1, work.warmup + 1 + work.timed):
-        start = time.perf_counter()
-        arm.step(index)
-        synchronize(work.device)
-        seconds.append(time.perf_counter() - start)
-        memory.look()
+    with turns.timed():
+        for index in range(work.warmup + 1, work.warmup + 1 + work.timed):
+            start = time.perf_counter()
+            arm.step(index)
+            synchronize(work.device)
+            seconds.append(time.perf_counter() - start)
+            memory.look()
     last_loss, last_norm = arm.loss(), arm.grad_norm()
     for name, value in (("loss", last_loss), ("gradient norm", last_norm)):
         assert value == value and abs(value) != float("inf") and value > 0, f"the last step's {name} is {value}"
@@ -140,7 +168,7 @@ def _measure(
             "most": work.tokens / min(seconds),
         },
         "flops_per_second": sum(work.flops().values()) / middle,
-        "memory_gib": {name: peak / GIB for name, peak in memory.peak.items()} if memory.on else None,
+        "memory_gib": memory.gib(),
         "first_step_seconds": first_seconds,
         "loss": {"first": first_loss, "last": last_loss},
         "grad_norm": {"first": first_norm, "last": last_norm},

@@ -64,7 +64,8 @@ class Ours(Arm):
             ops = replace(ops, attention=TorchVarlen())
         self.model = load_model(folder, dtype=self.dtype, device=device, ops=ops)
         self.recompute = options.get("recompute", "light")
-        self.model.set_recompute(self.recompute)
+        layers = options.get("layers")
+        self.model.set_recompute(self.recompute, int(layers) if layers else None)
         self.parameters = dict(self.model.named_parameters())
         wide = spec.precision == "fp32" or self.dtype == torch.float32
         form = format_of("adamw" if wide else "adamw_bf16_sr", self.dtype)

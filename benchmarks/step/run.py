@@ -19,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import BoundedSemaphore, Lock
 from typing import Any
 
 from benchmarks.step.arm import ARMS, Spec, build
@@ -28,6 +30,7 @@ from benchmarks.step.profile import told as profiled
 from benchmarks.step.profile import told_layer as profiled_layer
 from benchmarks.step.sft import GSM8K, SFT_ARMS, SFT_MEASURED, measure_sft, read
 from benchmarks.step.summary import KINDS, suffix, told, verdicts
+from benchmarks.step.turns import Turns
 from benchmarks.step.works import WORKS, Work
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +48,7 @@ PACKAGES = (
     ),
     *("trl", "xformers", "bitsandbytes"),
 )
-LIMIT = 300  # seconds an arm may take in all
+LIMIT = 600  # seconds an arm may take in all, waiting for its turn included
 LOG_LINES = 25  # of a red arm's log, on stderr
 MEASURED = (  # the default; `--arm` chooses others
     *("ours", "ours_varlen", "ours_least", "unsloth", "unsloth_graphs", "liger", "compile", "compile_graphs", "eager"),
@@ -111,15 +114,19 @@ def machine(argv: list[str], commit: str | None) -> dict[str, Any]:
 class Runner:
     """The children of one run, and the file that they fill."""
 
-    def __init__(self, out: Path, where: dict[str, Any], folder: Path) -> None:
+    def __init__(self, out: Path, where: dict[str, Any], folder: Path, at_once: int) -> None:
         self.out, self.where, self.folder = out, where, folder
+        self.at_once, self._slots, self._writing = at_once, BoundedSemaphore(at_once), Lock()
         self.record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"works": {}}
 
-    def child(self, arguments: list[str], name: str, caches: str = "caches") -> dict[str, Any]:
+    def child(self, arguments: list[str], name: str) -> dict[str, Any]:
         """What the child wrote, or its `error`."""
         part = self.folder / f"{name}.json"
         part.unlink(missing_ok=True)
-        ended = spawn([*arguments, "--out", str(part)], self.folder / caches, self.folder / f"{name}.log")
+        arguments = [*arguments, "--out", str(part)]
+        arguments += ["--turns", str(self.folder / "turns")] if self.at_once > 1 else []
+        with self._slots:
+            ended = spawn(arguments, self.folder / "caches", self.folder / f"{name}.log")
         if ended is not None:
             return {"error": ended}
         return json.loads(part.read_text(encoding="utf-8"))
@@ -144,13 +151,16 @@ class Runner:
         asked += [part for name in ("expected", "ceilings") for part in (f"--{name}", json.dumps(prepared[name]))]
         facts = {"tokens": work.tokens, "flops": work.flops()}
         sections: dict[str, dict[str, Any]] = {}
-        for name in arms:
-            end = suffix(name)
-            if end not in sections:
-                title = f"{work.title}: {KINDS[end]}"
-                sections[end] = self.where | prepared | facts | {"title": title, "arms": {}}
-                self.record["works"][work.name + end] = sections[end]
-            self.arm(work, name, asked, sections[end], warm=name in warm and work is not GSM8K)
+        for end in dict.fromkeys(suffix(name) for name in arms):
+            title = f"{work.title}: {KINDS[end]}"
+            names = dict.fromkeys(name for name in arms if suffix(name) == end)
+            sections[end] = (
+                self.where | prepared | facts | {"title": title, "arms": dict.fromkeys(names, {"error": "not run"})}
+            )
+            self.record["works"][work.name + end] = sections[end]
+        with ThreadPoolExecutor(self.at_once) as pool:
+            for done in [pool.submit(self.arm, work, n, asked, sections[suffix(n)], warm=n in warm) for n in arms]:
+                done.result()
         for end, section in sections.items():
             for line in verdicts(work.name + end, section):
                 print(line, flush=True)
@@ -159,22 +169,24 @@ class Runner:
     def arm(self, work: Work, name: str, asked: list[str], section: dict[str, Any], *, warm: bool) -> None:
         """One arm's row, into the section, the file and the terminal."""
         row = self.child([*asked, "--arm", name], f"{work.name}_{name}")
-        if "error" not in row and warm:
+        if "error" not in row and warm and work is not GSM8K:
             again = self.child([*asked, "--arm", name, "--only-first-step"], f"{work.name}_{name}_warm")
             row["first_step_seconds_warm"] = again.get("first_step_seconds", again.get("error"))
-        section["arms"][name] = row
-        self.save()
-        print(told(name, row, section), flush=True)
-        for line in [*profiled(row.get("profile")), *profiled_layer(row.get("layer"))]:
-            print(f"    {line}", flush=True)
-        if "error" in row:
-            print(self.log(f"{work.name}_{name}"), file=sys.stderr, flush=True)
+        with self._writing:
+            section["arms"][name] = row
+            self.save()
+            print(f"{work.name:8} {told(name, row, section)}", flush=True)
+            for line in [*profiled(row.get("profile")), *profiled_layer(row.get("layer"))]:
+                print(f"    {line}", flush=True)
+            if "error" in row:
+                print(self.log(f"{work.name}_{name}"), file=sys.stderr, flush=True)
 
 
-def prepare(work: Work, folder: Path, data: Path | None) -> dict[str, Any]:
+def prepare(work: Work, folder: Path, data: Path | None, turns: Turns) -> dict[str, Any]:
     """In a child: the GPU, what it does at best, the checkpoint, and what transformers computes on it."""
     from benchmarks.step.reference import expected, make_checkpoint
 
+    turns.beside_others()
     make_checkpoint(work, folder, texts() if data is None else [question + answer for question, answer in read(data)])
     gpu = ceilings = None
     if work.device == "cuda":
@@ -182,27 +194,29 @@ def prepare(work: Work, folder: Path, data: Path | None) -> dict[str, Any]:
 
         from benchmarks.kernels.run import ceilings as measured
 
-        gpu, ceilings = torch.cuda.get_device_name(), measured()
+        with turns.timed():
+            gpu, ceilings = torch.cuda.get_device_name(), measured()
     return {"expected": expected(work, folder) if data is None else None, "gpu": gpu, "ceilings": ceilings}
 
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
     """In a child: what it was asked for."""
-    work = ALL[options.child]
+    work, turns = ALL[options.child], Turns(options.turns)
     if options.prepare:
-        return prepare(work, options.folder, options.data if work is GSM8K else None)
+        return prepare(work, options.folder, options.data if work is GSM8K else None, turns)
     (name,) = options.arm
     if work is GSM8K:
-        return measure_sft(SFT_ARMS[name], options.folder, options.data, options.started)
+        return measure_sft(SFT_ARMS[name], options.folder, options.data, options.started, turns)
     if options.only_first_step:
+        turns.alone()
         arm = build(ARMS[name], work, options.folder)
         arm.step(0)
         arm.loss()
-        return {"first_step_seconds": time.time() - options.started}
-    return _measured(ARMS[name], replace(work, timed=options.steps or work.timed), options)
+        return {"first_step_seconds": time.time() - options.started - turns.waited}
+    return _measured(ARMS[name], replace(work, timed=options.steps or work.timed), options, turns)
 
 
-def _measured(spec: Spec, work: Work, options: argparse.Namespace) -> dict[str, Any]:
+def _measured(spec: Spec, work: Work, options: argparse.Namespace, turns: Turns) -> dict[str, Any]:
     from benchmarks.step.measure import measure
 
     made = []
@@ -211,11 +225,12 @@ def _measured(spec: Spec, work: Work, options: argparse.Namespace) -> dict[str, 
         made.append(build(spec, work, options.folder))
         return made[0]
 
-    row = measure(make, work, options.folder, json.loads(options.expected), options.started)
+    row = measure(make, work, options.folder, json.loads(options.expected), options.started, turns)
     if options.profile and "error" not in row and spec.family == "ours":
         from benchmarks.step.layer import table
         from benchmarks.step.profile import profile_step
 
+        turns.alone()
         limits = json.loads(options.ceilings)
         row["profile"] = profile_step(made[0], work, limits, row["seconds"]["median"])
         if made[0].recompute == "light":
@@ -232,10 +247,16 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="timed steps, where not 24")
     parser.add_argument("--profile", action="store_true", help="where our step goes, kernel by kernel")
     parser.add_argument("--warm", action="append", choices=names, help="start it again on warm caches (ours)")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        help="so many arms in flight: they start up beside others, and are timed alone",
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--commit", help="what to record where this is a copy without history")
-    for name in ("--child", "--folder", "--expected", "--ceilings", "--started"):
-        kind = {"--folder": Path, "--started": float}.get(name, str)
+    for name in ("--child", "--folder", "--expected", "--ceilings", "--started", "--turns"):
+        kind = {"--folder": Path, "--turns": Path, "--started": float}.get(name, str)
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     for name in ("--prepare", "--only-first-step"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
@@ -257,16 +278,19 @@ def main(argv: list[str]) -> int:
         print("error: no GPU here, so nothing was measured; run this on a machine that has one", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(options.out, machine(argv, options.commit), Path(folder))
+        runner = Runner(options.out, machine(argv, options.commit), Path(folder), options.at_once)
         print(runner.where["versions"], runner.where["commit"], flush=True)
         passed = ["--profile"] if options.profile else []
         passed += ["--steps", str(options.steps)] if options.steps else []
         passed += ["--data", str(options.data.absolute())] if options.data else []
-        red = 0
-        for work in works:
+
+        def run(work: Work) -> int:
             known, measured = (SFT_ARMS, SFT_MEASURED) if work is GSM8K else (ARMS, MEASURED)
             arms = [name for name in options.arm or measured if name in known]
-            red += runner.work(work, arms, options.warm or ["ours"], passed)
+            return runner.work(work, arms, options.warm or ["ours"], passed)
+
+        with ThreadPoolExecutor(len(works) if options.at_once > 1 else 1) as pool:
+            red = sum(pool.map(run, works))
     print(f"{red} red; wrote {options.out}")
     return min(red, 1)
 

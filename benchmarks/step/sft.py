@@ -16,7 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.step.measure import Memory, check_moved, red
+from benchmarks.step.measure import ALONE, Memory, check_moved, red
+from benchmarks.step.turns import Turns
 from benchmarks.step.works import QWEN_05B, Work
 
 LENGTH, DOCUMENTS, SLOTS = 2048, 16, 2
@@ -84,23 +85,23 @@ def row_of(
     return {
         "tokens_per_second": {"median": total / seconds, "least": min(rates), "most": max(rates)},
         "tokens_per_step": total / (MARKS[-1] - MARKS[0]),
-        "memory_gib": {name: peak / 2**30 for name, peak in memory.peak.items()} if memory.on else None,
+        "memory_gib": memory.gib(),
         "first_step_seconds": first,
         **logs,
     }
 
 
-def measure_sft(spec: SftSpec, folder: Path, data: Path, started: float) -> dict[str, Any]:
+def measure_sft(spec: SftSpec, folder: Path, data: Path, started: float, turns: Turns = ALONE) -> dict[str, Any]:
     """In a process of its own: the arm's row, or `error` and no number."""
     try:
         pairs = read(data)
         file = folder.parent / f"{spec.family}_{'masked' if spec.masked else 'plain'}.jsonl"
         write_rows(pairs, file, masked=spec.masked)
         if spec.family == "ours":
-            return ours(spec, folder, file, started)
+            return ours(spec, folder, file, started, turns)
         from benchmarks.peers.trainers import train
 
-        return train(spec, folder, file, started)
+        return train(spec, folder, file, started, turns)
     except Exception as error:  # noqa: BLE001  an arm that cannot run is red, and the others still run
         return red(error)
 
@@ -118,8 +119,8 @@ class FirstRow(threading.Thread):
         self.at = time.time()
 
 
-def ours(spec: SftSpec, folder: Path, file: Path, started: float) -> dict[str, Any]:
-    """`chronicals train`, as a user runs it."""
+def ours(spec: SftSpec, folder: Path, file: Path, started: float, turns: Turns) -> dict[str, Any]:
+    """`chronicals train`, as a user runs it, and alone from end to end."""
     import torch
     from rich.console import Console
 
@@ -137,14 +138,18 @@ def ours(spec: SftSpec, folder: Path, file: Path, started: float) -> dict[str, A
         optimizer="adamw" if spec.precision == "fp32" else "adamw_bf16_sr",
         learning_rate=LEARNING_RATE,
         lr_scheduler="constant",
+        recompute="none",  # of as many layers as leave the step below its peers' memory
+        recompute_layers=12,
         logging_steps=MARKS[0],
         save_strategy="no",
         output_dir=str(out),
     )
     first, memory = FirstRow(out / "metrics.jsonl"), Memory("cuda" if torch.cuda.is_available() else "cpu")
+    turns.alone()
     first.start()
     Trainer(config, console=Console(quiet=True)).train()
     memory.look()
+    turns.done()
     rows = {r["step"]: r for r in map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())}
     model = load_model(out)
     check_moved(dict(hf_views(model, {name: p.detach() for name, p in model.named_parameters()})), folder)
@@ -154,4 +159,6 @@ def ours(spec: SftSpec, folder: Path, file: Path, started: float) -> dict[str, A
         marks[step] = at
     logs = {name: {"first": rows[1][name], "last": rows[MARKS[-1]][name]} for name in ("loss", "grad_norm")}
     tokens = {step: rows[step]["tokens"] for step in MARKS}
-    return row_of(marks, tokens, logs, first.at - started, memory) | {"chosen": {"optimizer": config.optimizer}}
+    return row_of(marks, tokens, logs, first.at - started - turns.waited, memory) | {
+        "chosen": {"optimizer": config.optimizer, "recompute": "none in 12 layers"}
+    }
