@@ -61,6 +61,7 @@ def prepare(config: TrainConfig, chat: ChatTokenizer, *, progress: bool = False)
     with _locked(folder):
         prepared = _read(folder)
         if prepared is None:
+            chat.load()  # here, not once in each process that renders
             aside = folder.with_suffix(".tmp")
             for left_over in (folder, aside):
                 shutil.rmtree(left_over, ignore_errors=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from chronicals.config import TrainConfig
 
-_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _EITHER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -55,6 +55,14 @@ class ChatTokenizer:
     def vocab_size(self) -> int:
         """Largest token id + 1."""
         return max(self.tokenizer.get_vocab().values()) + 1
+
+    @property
+    def is_loaded(self) -> bool:
+        """False only where a start remembers enough of it to go on without (remembered.py)."""
+        return True
+
+    def load(self) -> None:
+        """Loads what is not loaded yet."""
 
     def with_template(self, chat_template: str | None, chat_template_jinja: str | None = None) -> ChatTokenizer:
         """This tokenizer with another template, for a data set that names its own.
@@ -105,7 +113,7 @@ def load_tokenizer(config: TrainConfig) -> ChatTokenizer:
         )
     before = len(tokenizer)
     _apply_special_tokens(tokenizer, config)
-    chosen = templates.choose(tokenizer, *_asked(config))
+    chosen = templates.choose(tokenizer, *asked_template(config))
     if chosen is not None:
         _add(tokenizer, _lacking(tokenizer, chosen[0]))
     eot_tokens = tuple(config.eot_tokens or ())
@@ -115,7 +123,7 @@ def load_tokenizer(config: TrainConfig) -> ChatTokenizer:
     return _assemble(tokenizer, chosen, eot_tokens, len(tokenizer) - before)
 
 
-def _asked(config: TrainConfig) -> tuple[str | None, str | None]:
+def asked_template(config: TrainConfig) -> tuple[str | None, str | None]:
     """The run's `chat_template` and `chat_template_jinja`: the config's, else what its data sets agree on."""
     if config.chat_template is not None or config.chat_template_jinja is not None:
         return config.chat_template, config.chat_template_jinja
@@ -127,13 +135,13 @@ def _load(config: TrainConfig) -> PreTrainedTokenizerBase:
     import transformers
 
     revision = config.revision_of_model
-    folder = hub.resolve(config.base_model, revision=revision, allow_patterns=_FILES)
+    folder = hub.resolve(config.base_model, revision=revision, allow_patterns=FILES)
     options: dict[str, Any] = {"mistral_format": False}  # mistral-common's tokenizer says no offsets
     if config.tokenizer_config is not None and config.tokenizer_config != config.base_model:
         # The model's config decides the tokenizer's class once they are saved together: so it must decide it now.
         with _explained("model config", folder):
             options["config"] = transformers.AutoConfig.from_pretrained(folder)
-        folder = hub.resolve(config.tokenizer_config, allow_patterns=_FILES)
+        folder = hub.resolve(config.tokenizer_config, allow_patterns=FILES)
     if not any((folder / name).exists() for name in _EITHER):
         raise UserError(f"{folder} has no tokenizer", "name one with tokenizer_config")
     with _explained("tokenizer", folder):

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,12 @@ def _part_sizes(config: ModelConfig, name: str) -> list[int]:
 
 
 def save_model(
-    model: Decoder, path: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: int = 5 * 2**30
+    model: Decoder,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * 2**30,
+    names: Collection[str] | None = None,
 ) -> None:
     """Writes config.json and safetensors that transformers loads; weight files of an earlier save there are replaced.
 
@@ -135,10 +140,12 @@ def save_model(
         path: folder, made where it does not exist.
         dtype: of the saved weights; the parameters' own by default.
         max_shard_size: bytes per file (a larger tensor gets a file of its own); more than one file comes with an index.
+        names: the tensors to write, by their Hugging Face names; all by default.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     weights = dict(hf_views(model, {name: parameter.detach() for name, parameter in model.named_parameters()}))
+    weights = {name: tensor for name, tensor in weights.items() if names is None or name in names}
     dtype = dtype or model.embed_tokens.weight.dtype
     shards = _shards(weights, dtype, max_shard_size)
     count = len(shards)

@@ -123,12 +123,28 @@ def aside(final: Path) -> Iterator[Path]:
 
 def write_model(folder: Path, parts: Parts) -> dict[str, str]:
     """The model folder that transformers loads, read back and compared; returns the digest of every weight."""
-    names, tensors = zip(*hf_views(parts.model, dict(parts.model.named_parameters())), strict=True)
-    live = dict(zip(names, _hex(tensors), strict=True))
-    save_model(parts.model, folder)
-    parts.chat.save(folder)
-    generation = parts.chat.generation_config(parts.generation_config)
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    digests = _write_weights(folder, parts, dict(hf_views(parts.model, dict(parts.model.named_parameters()))))
+    _write_tokenizer(folder, parts)
+    return digests
+
+
+def try_save(output_dir: Path, parts: Parts) -> None:
+    """Save a model and throw it away: what would fail after hours of training fails before the first step.
+
+    Of the weights only the vectors are written, the same way as all will be: `check_disk` knows whether the rest fits,
+    and a start does not wait for it. A tokenizer that is only remembered was saved like this when it was loaded.
+    """
+    views = hf_views(parts.model, dict(parts.model.named_parameters()))
+    with aside(output_dir / _TEST_SAVE) as folder:
+        _write_weights(folder, parts, {name: view for name, view in views if view.ndim == 1})
+        if parts.chat.is_loaded:
+            _write_tokenizer(folder, parts)
+
+
+def _write_weights(folder: Path, parts: Parts, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Config and these tensors of the model, read back and compared; returns their digests."""
+    live = dict(zip(tensors, _hex(list(tensors.values())), strict=True))
+    save_model(parts.model, folder, names=tensors.keys())
     (folder / "config.yaml").write_text(parts.config_yaml, encoding="utf-8")
     saved = {name: _hex([tensor])[0] for name, tensor in _read(sorted(folder.glob("*.safetensors")))}
     for name, value in live.items():
@@ -141,10 +157,10 @@ def write_model(folder: Path, parts: Parts) -> dict[str, str]:
     return live
 
 
-def try_save(output_dir: Path, parts: Parts) -> None:
-    """Save the model and throw it away: what would fail after hours of training fails before the first step."""
-    with aside(output_dir / _TEST_SAVE) as folder:
-        write_model(folder, parts)
+def _write_tokenizer(folder: Path, parts: Parts) -> None:
+    parts.chat.save(folder)
+    generation = parts.chat.generation_config(parts.generation_config)
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def write_checkpoint(folder: Path, parts: Parts, state: dict[str, Any]) -> None:

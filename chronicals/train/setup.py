@@ -22,7 +22,8 @@ from chronicals.config import TrainConfig
 from chronicals.data.documents import Prepared
 from chronicals.data.loader import Loader
 from chronicals.data.prepare import prepare
-from chronicals.data.tokenizer import ChatTokenizer, load_tokenizer
+from chronicals.data.remembered import remembered_tokenizer
+from chronicals.data.tokenizer import ChatTokenizer
 from chronicals.errors import UserError
 from chronicals.kernels.ops import Ops
 from chronicals.models.decoder import Decoder
@@ -132,7 +133,7 @@ def check_start(config: TrainConfig) -> Start:
 def load_data(config: TrainConfig, *, progress: bool) -> Data:
     """Tokenise, pack, and count the steps. A model that cannot be trained is told first: data may take an hour."""
     load_config(_base_folder(config))
-    chat = load_tokenizer(config)
+    chat = remembered_tokenizer(config)
     prepared = prepare(config, chat, progress=progress)
     loader = partial(
         Loader,

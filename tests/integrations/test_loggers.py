@@ -129,7 +129,7 @@ def test_a_missing_library_is_told_before_any_work(
     folder: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr("chronicals.train.setup.load_tokenizer", lambda config: pytest.fail("too late"))
+    monkeypatch.setattr("chronicals.train.setup.remembered_tokenizer", lambda config: pytest.fail("too late"))
     with pytest.raises(UserError) as caught:
         helpers.run(helpers.make_config(folder, **values))
     assert str(caught.value) == message

@@ -132,7 +132,7 @@ def test_removing_is_atomic_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_disk_that_safetensors_finds_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
+    def full(*args: Any, **options: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint, "save_model", full)
@@ -163,8 +163,8 @@ def test_weights_that_read_back_differently_are_told_before_the_first_step(
 ) -> None:
     save_model = checkpoint.save_model
 
-    def corrupting(model: Any, path: Path) -> None:
-        save_model(model, path)
+    def corrupting(model: Any, path: Path, **options: Any) -> None:
+        save_model(model, path, **options)
         tensors = load_file(path / "model.safetensors")
         tensors["model.norm.weight"][0] += 1
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

@@ -166,7 +166,7 @@ def test_header_and_dry_run(folder: Path) -> None:
 def test_checks_come_before_any_work(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trainer.setup, "load_tokenizer", lambda config: pytest.fail("too late"))
+    monkeypatch.setattr(trainer.setup, "remembered_tokenizer", lambda config: pytest.fail("too late"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert refusal(folder) == (
         "WORLD_SIZE is 2, but only one process is supported; start without torchrun or accelerate"
@@ -203,7 +203,7 @@ def test_output_dir_that_cannot_be_written(folder: Path) -> None:
 def test_a_model_that_cannot_be_trained_is_told_before_the_data_is_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.setup, "load_tokenizer", lambda config: pytest.fail("too late"))
+    monkeypatch.setattr(trainer.setup, "remembered_tokenizer", lambda config: pytest.fail("too late"))
     other = folder / "other"
     other.mkdir()
     assert refusal(folder, base_model=str(other)).startswith(f"{other} has no config.json; ")
