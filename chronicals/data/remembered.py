@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from chronicals import hub
@@ -34,6 +34,7 @@ class RememberedTokenizer(ChatTokenizer):
 
     def __init__(self, facts: dict[str, Any], load: Callable[[], ChatTokenizer]) -> None:
         self.__dict__ |= {"facts": facts, "pad_id": facts["pad_id"], "_loader": load, "_lock": Lock()}
+        self.__dict__["_thread"] = Thread(target=self.load, name="load tokenizer", daemon=True)
 
     @property
     def is_loaded(self) -> bool:
@@ -44,11 +45,19 @@ class RememberedTokenizer(ChatTokenizer):
             if not self.is_loaded:
                 self.__dict__ |= vars(self._loader())
 
+    def load_soon(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+
     def __getattr__(self, name: str) -> Any:
         if name not in _FIELDS:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         self.load()
         return self.__dict__[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets the loaded one."""
+        return ChatTokenizer, tuple(getattr(self, field.name) for field in fields(ChatTokenizer))
 
     @property
     def vocab_size(self) -> int:

@@ -64,6 +64,9 @@ class ChatTokenizer:
     def load(self) -> None:
         """Loads what is not loaded yet."""
 
+    def load_soon(self) -> None:
+        """The same in a thread; without effect from the second time on."""
+
     def with_template(self, chat_template: str | None, chat_template_jinja: str | None = None) -> ChatTokenizer:
         """This tokenizer with another template, for a data set that names its own.
 

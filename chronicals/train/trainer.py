@@ -177,6 +177,7 @@ class Training:
             self.waiting = self.observe(output, lr)
         if run.start.device.type == "cpu":
             self.write_waiting()
+        run.data.chat.load_soon()  # a save needs it; the start did not wait for it
 
     def observe(self, output: StepOutput, lr: float) -> Waiting:
         """All that this step's row needs; its loss is the mean over the steps since the last row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,13 @@ def test_a_prepared_start_imports_no_transformers(model: str) -> None:
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r})\n{code}"], capture_output=True
     )
     assert ran.returncode == 0, ran.stderr.decode()
+
+
+def test_another_process_gets_the_loaded_one(model: str) -> None:
+    remembered_tokenizer(config(model))
+    sent = pickle.loads(pickle.dumps(remembered_tokenizer(config(model))))
+    assert type(sent) is ChatTokenizer
+    assert sent.fingerprint() == load_tokenizer(config(model)).fingerprint()
 
 
 def edit_vocabulary(model: Path) -> dict[str, Any]:
