@@ -16,8 +16,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from chronicals.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,6 +115,8 @@ def apply(
     Raises:
         UserError: the template refuses it (`raise_exception`) or fails on it.
     """
+    import jinja2
+
     today = _STRFTIME_NOW if "strftime_now" in template else ""
     try:
         rendered = tokenizer.apply_chat_template(
