@@ -22,7 +22,7 @@ from chronicals.kernels.fused.launch import balanced, device_limits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, COLUMNS, THREADS = 32, 128, 128  # of a tile; a thread has the same places of each tile, and sums in registers
-PROGRAMS = 6  # of a multiprocessor
+PROGRAMS, STAGES = 4, 4  # programs of a multiprocessor; of their loads: one tile less than this waits in shared memory
 REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_THREADS = 1024, 16, 512  # 64 bytes of a row, so that 896 columns are 56 programs
 
 
@@ -35,16 +35,16 @@ def column_partials_kernel(
     stride: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     strips = tl.cdiv(columns, COLUMNS)
     part, parts = tl.program_id(0) // strips, tl.num_programs(0) // strips
     column = (tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in tl.range(part * ROWS, rows, parts * ROWS, num_stages=1):
+    for start in tl.range(part * ROWS, rows, parts * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (column < columns)
-        x = tl.load(X + row.to(tl.int64) * stride + column, mask=mask, other=0.0, eviction_policy="evict_first")
-        total += x.to(tl.float32)
+        total += tl.load(X + row.to(tl.int64) * stride + column, mask=mask, other=0.0).to(tl.float32)
     sums = tl.sum(total, axis=0, keep_dims=True)
     tl.store(PARTIAL + part.to(tl.int64) * columns + column, sums, mask=column < columns)
 
@@ -108,6 +108,7 @@ def column_partials(x: Tensor, *, partial: Tensor | None = None) -> Tensor:
         x.stride(0),
         ROWS=ROWS,
         COLUMNS=COLUMNS,
+        STAGES=STAGES,
         num_warps=_warps(THREADS),
     )
     return partial

@@ -36,7 +36,7 @@ class Config(NamedTuple):
 
 
 FORWARD = Config(16, 128, 128)
-BACKWARD = Config(16, 128, 128, 8)
+BACKWARD = Config(32, 128, 256, 8)
 STAGES = 3  # of the backward's loads: one strip less than this waits in shared memory
 JOIN = Config(32, 128, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
