@@ -125,7 +125,7 @@ def against(work: str, name: str, section: Mapping[str, Any]) -> str:
 def step_row(work: str, name: str, section: Mapping[str, Any]) -> list[str]:
     row = section["arms"][name]
     if "error" in row:
-        return [title(name), "gate red", *[""] * 6]
+        return [title(name), f"no number: {row['error'][:80]}", *[""] * 6]
     rate, memory, shares = row["tokens_per_second"], row["memory_gib"] or {}, utilisation(row, section)
     warm = row.get("first_step_seconds_warm")
     short = " (short of what it was seen to reach)" if is_peer(name) and misconfigured(work, name, section) else ""
@@ -160,7 +160,12 @@ def steps(short: bool) -> str:
         names = sorted(green(section) if short else section["arms"], key=is_peer)
         parts.append(f"**{section['title']}**\n\n{table(STEP_HEAD, [step_row(work, name, section) for name in names])}")
         versions = ("torch", "triton", "transformers", "flash-attn-4", "unsloth", "liger-kernel", "trl")
-        parts.append(measured_on(section, *versions))
+        where = measured_on(section, *versions)
+        if section["at_once"] > 1:
+            where += (
+                f" Up to {section['at_once']} arms started up at once, which slows first steps; each was timed alone."
+            )
+        parts.append(where)
         parts += [] if short else profiles(section)
     return "\n\n".join([*parts, STEP_NOTE])
 

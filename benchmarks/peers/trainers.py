@@ -12,10 +12,12 @@ from typing import Any
 
 from benchmarks.step.measure import Memory, check_moved
 from benchmarks.step.sft import DOCUMENTS, LEARNING_RATE, LENGTH, MARKS, SLOTS, SftSpec, row_of
+from benchmarks.step.turns import Turns
 
 
-def train(spec: SftSpec, folder: Path, file: Path, started: float) -> dict[str, Any]:
+def train(spec: SftSpec, folder: Path, file: Path, started: float, turns: Turns) -> dict[str, Any]:
     """The arm's row. Raises AssertionError where the gate is red."""
+    turns.beside_others()
     if spec.family == "unsloth":
         import unsloth  # noqa: F401  patches what is imported after it, so it comes first
     model, tokenizer = _unsloth(folder) if spec.family == "unsloth" else _transformers(folder)
@@ -24,7 +26,7 @@ def train(spec: SftSpec, folder: Path, file: Path, started: float) -> dict[str, 
     memory, counted = Memory("cuda"), _Counted()
     trainer = _trainer(spec, model, tokenizer, file)
     trainer.data_collator = counted.around(trainer.data_collator)
-    clock = _clock(started, memory)
+    clock = _clock(started, memory, turns)
     trainer.add_callback(clock)
     trainer.train()
     check_moved({name: p.detach() for name, p in trainer.model.named_parameters()}, folder)
@@ -107,7 +109,7 @@ class _Counted:
         return collate
 
 
-def _clock(started: float, memory: Memory) -> Any:
+def _clock(started: float, memory: Memory, turns: Turns) -> Any:
     import torch
     from transformers import TrainerCallback
 
@@ -121,9 +123,13 @@ def _clock(started: float, memory: Memory) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             if state.global_step == 1 or state.global_step in MARKS:
                 torch.cuda.synchronize()
+                if state.global_step == MARKS[0]:
+                    turns.alone()
                 self.marks[state.global_step] = time.perf_counter()
                 memory.look()
             if state.global_step == 1:
-                self.first = time.time() - started
+                self.first = time.time() - started - turns.waited
+            if state.global_step == MARKS[-1]:
+                turns.done()
 
     return Clock()

@@ -105,8 +105,13 @@ def check_moved(weights: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def measure(
-    make: Callable[[], Arm], work: Work, folder: Path, expected: dict[str, float], started: float
-) -> dict[str, Any]:
+    make: Callable[[], Arm],
+    work: Work,
+    folder: Path,
+    expected: dict[str, float],
+    started: float,
+    turns: Turns = ALONE,
+) -> Row:
     """The arm's row: its numbers, or `error` and none.
 
     Args:
@@ -129,8 +134,9 @@ def red(error: Exception) -> Row:
 
 
 def _measure(
-    make: Callable[[], Arm], work: Work, folder: Path, expected: dict[str, float], started: float
-) -> dict[str, Any]:
+    make: Callable[[], Arm], work: Work, folder: Path, expected: dict[str, float], started: float, turns: Turns
+) -> Row:
+    turns.beside_others()
     memory = Memory(work.device)
     arm = make()
     arm.step(0)
@@ -147,13 +153,14 @@ def _measure(
     memory.start()
 
     seconds = []
-    with turns.timed():
-        for index in range(work.warmup + 1, work.warmup + 1 + work.timed):
-            start = time.perf_counter()
-            arm.step(index)
-            synchronize(work.device)
-            seconds.append(time.perf_counter() - start)
-            memory.look()
+    turns.alone()
+    for index in range(work.warmup + 1, work.warmup + 1 + work.timed):
+        start = time.perf_counter()
+        arm.step(index)
+        synchronize(work.device)
+        seconds.append(time.perf_counter() - start)
+        memory.look()
+    turns.done()
     last_loss, last_norm = arm.loss(), arm.grad_norm()
     for name, value in (("loss", last_loss), ("gradient norm", last_norm)):
         assert value == value and abs(value) != float("inf") and value > 0, f"the last step's {name} is {value}"

@@ -149,14 +149,12 @@ class Runner:
         print(f"-- {work.name}: {work.title}; {prepared['gpu']} {prepared['ceilings']}", flush=True)
         print(f"   transformers in float32: {prepared['expected']}", flush=True)
         asked += [part for name in ("expected", "ceilings") for part in (f"--{name}", json.dumps(prepared[name]))]
-        facts = {"tokens": work.tokens, "flops": work.flops()}
+        facts = {"tokens": work.tokens, "flops": work.flops(), "at_once": self.at_once}
         sections: dict[str, dict[str, Any]] = {}
         for end in dict.fromkeys(suffix(name) for name in arms):
             title = f"{work.title}: {KINDS[end]}"
-            names = dict.fromkeys(name for name in arms if suffix(name) == end)
-            sections[end] = (
-                self.where | prepared | facts | {"title": title, "arms": dict.fromkeys(names, {"error": "not run"})}
-            )
+            rows = {name: {"error": "it was not run"} for name in arms if suffix(name) == end}
+            sections[end] = self.where | prepared | facts | {"title": title, "arms": rows}
             self.record["works"][work.name + end] = sections[end]
         with ThreadPoolExecutor(self.at_once) as pool:
             for done in [pool.submit(self.arm, work, n, asked, sections[suffix(n)], warm=n in warm) for n in arms]:
@@ -188,15 +186,16 @@ def prepare(work: Work, folder: Path, data: Path | None, turns: Turns) -> dict[s
 
     turns.beside_others()
     make_checkpoint(work, folder, texts() if data is None else [question + answer for question, answer in read(data)])
+    exact = expected(work, folder) if data is None else None
     gpu = ceilings = None
     if work.device == "cuda":
         import torch
 
         from benchmarks.kernels.run import ceilings as measured
 
-        with turns.timed():
-            gpu, ceilings = torch.cuda.get_device_name(), measured()
-    return {"expected": expected(work, folder) if data is None else None, "gpu": gpu, "ceilings": ceilings}
+        turns.alone()
+        gpu, ceilings = torch.cuda.get_device_name(), measured()
+    return {"expected": exact, "gpu": gpu, "ceilings": ceilings}
 
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
@@ -251,7 +250,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--at-once",
         type=int,
         default=1,
-        help="so many arms in flight: they start up beside others, and are timed alone",
+        help="so many arms start up beside each other; each is timed alone",
     )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--commit", help="what to record where this is a copy without history")

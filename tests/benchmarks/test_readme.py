@@ -40,7 +40,12 @@ def _copy(file: Path, folder: Path) -> Path:
     return copy
 
 
-WHERE = {"versions": {"torch": "2.11.0", "unsloth": None}, "commit": "0123456789", "command": "chronicals bench step"}
+WHERE = {
+    "versions": {"torch": "2.11.0", "unsloth": None},
+    "commit": "0123456789",
+    "command": "chronicals bench step",
+    "at_once": 4,
+}
 
 
 @pytest.fixture
@@ -81,14 +86,17 @@ def test_steps_are_told_with_ratio_and_reason() -> None:
     memory = " / ".join(f"{gib:.1f}" for gib in NUMBERS["memory_gib"].values())
     assert "| 162,500 (162,500 to 162,500) | 1.30x | 40% / 58% |" in ours and f"| {memory} | 9 / 7 |" in ours
     assert "| Unsloth | 125,000 (125,000 to 125,000) |  |" in text
-    assert "gate red" not in text and "NVIDIA H200, torch 2.11.0, commit 0123456, `chronicals bench step`." in text
+    assert (
+        "no number" not in text
+        and "NVIDIA H200, torch 2.11.0, commit 0123456, `chronicals bench step`. Up to 4 arms" in text
+    )
     assert "where a step goes" not in text
 
 
 @pytest.mark.usefixtures("results")
 def test_the_long_page_has_red_arms_and_profiles() -> None:
     text = readme.steps(short=False)
-    assert '| torch.compile, mode="reduce-overhead" | gate red |' in text
+    assert '| torch.compile, mode="reduce-overhead" | no number: the gradient norm is 0: nothing is trained |' in text
     assert "| matmul | 70.00 | 60.00 | 240 |" in text and "| gaps, 1.0% | 1.00 | 0 |  |" in text
     assert "| glu | 100.0 | 90.0 | 100.0 | 110.0 |" in text and "| stray: copy | 1.0 | 0 | 0 |  |" in text
 

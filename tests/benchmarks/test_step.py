@@ -20,6 +20,7 @@ from benchmarks.step.arm import ARMS, Arm, Spec
 from benchmarks.step.measure import measure
 from benchmarks.step.ours import Ours
 from benchmarks.step.reference import expected, make_checkpoint
+from benchmarks.step.turns import Turns
 from benchmarks.step.works import BATCHES, QWEN_05B, WORKS, batches
 from chronicals import cli
 from chronicals.commands import bench
@@ -171,6 +172,53 @@ def test_every_arm_starts_in_a_process_of_its_own_and_the_file_keeps_other_works
     assert arms["eager"] == {"error": "its process ended with exit code -11: Segmentation fault"}
     assert arms["ours"]["tokens_per_second"]["median"] == 960.0
     assert "eager                  RED, no number" in capsys.readouterr().out
+
+
+def test_whoever_is_timed_waits_for_those_who_start_up_and_they_for_it(tmp_path: Path) -> None:
+    program = """
+import sys, time
+from pathlib import Path
+from benchmarks.step.turns import Turns
+turns = Turns(Path(sys.argv[1]))
+getattr(turns, sys.argv[2])()
+print("holds", flush=True)
+time.sleep(0.6)
+"""
+    for theirs, mine, waits in (
+        ("beside_others", "beside_others", False),
+        ("beside_others", "alone", True),
+        ("alone", "beside_others", True),
+    ):
+        command = [sys.executable, "-c", program, str(tmp_path / "turns"), theirs]
+        with subprocess.Popen(command, cwd=run.ROOT, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None and other.stdout.readline() == "holds\n"
+            turns = Turns(tmp_path / "turns")
+            getattr(turns, mine)()
+            assert (turns.waited > 0.3) == waits, (theirs, mine, turns.waited)
+            turns.done()
+
+
+def test_arms_at_once_share_a_lock_and_keep_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    most, running, shared = 0, 0, set()
+
+    def spawned(command: list[str], **settings: Any) -> SimpleNamespace:
+        nonlocal most, running
+        running += 1
+        most = max(most, running)
+        shared.add(command[command.index("--turns") + 1])
+        first = {"expected": None, "gpu": None, "ceilings": None} if "--prepare" in command else NUMBERS
+        time.sleep(0.3 if "ours" in command else 0.1)
+        Path(command[command.index("--out") + 1]).write_text(json.dumps(first))
+        running -= 1
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run.subprocess, "run", spawned)
+    monkeypatch.setattr(run, "machine", lambda argv, commit: {"versions": {}, "commit": "c", "command": ""})
+    out, arms = tmp_path / "step.json", ["ours", "liger", "eager", "unsloth"]
+    asked = [part for name in arms for part in ("--arm", name)]
+    assert run.main(["--work", "tiny", *asked, "--at-once", "2", "--warm", "eager", "--out", str(out)]) == 0
+    assert most == 2 and len(shared) == 1
+    assert list(json.loads(out.read_text())["works"]["tiny"]["arms"]) == arms
 
 
 def test_without_a_gpu_nothing_is_measured(
