@@ -187,6 +187,12 @@ def test_a_tied_head_is_written_once(folder: Path, tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
+def test_only_the_named_tensors_are_written(folder: Path, tmp_path: Path) -> None:
+    save_model(load_model(folder), tmp_path / "out", names={"model.norm.weight"})
+    assert list(load_file(tmp_path / "out" / "model.safetensors")) == ["model.norm.weight"]
+    assert refusal(tmp_path / "out").endswith(f"tensor model.embed_tokens.weight is missing; {SAME_REPOSITORY}")
+
+
 @pytest.mark.parametrize("first", [20_000, 2**30])
 def test_a_save_replaces_an_earlier_one(folder: Path, tmp_path: Path, first: int) -> None:
     """No file of the earlier save survives to be loaded instead, and other people's files do."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from chronicals.data.remembered import RememberedTokenizer
-from chronicals.train import trainer
+from chronicals.train import checkpoint, trainer
 from chronicals.train.checkpoint import Parts
 from tests.train import helpers
 
@@ -36,3 +38,19 @@ def test_the_tokenizer_is_loaded_after_the_first_step_and_saved_the_same(
     assert names == {file.name for file in (folder / "second").iterdir()}
     for name in names & {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"}:
         assert (folder / "first" / name).read_bytes() == (folder / "second" / name).read_bytes(), name
+
+
+def test_the_trial_save_writes_every_vector_and_no_matrix(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, int] = {}
+    read = checkpoint._read
+
+    def noted(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in read(files):
+            seen[name] = tensor.ndim
+            yield name, tensor
+
+    monkeypatch.setattr(checkpoint, "_read", noted)
+    result, _ = helpers.run(helpers.make_config(folder), dry_run=True)
+    assert result.status == "dry run"
+    assert "model.layers.1.self_attn.k_proj.bias" in seen
+    assert set(seen.values()) == {1}
