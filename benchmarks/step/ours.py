@@ -69,12 +69,13 @@ class Ours(Arm):
         self.parameters = dict(self.model.named_parameters())
         wide = spec.precision == "fp32" or self.dtype == torch.float32
         form = format_of("adamw" if wide else "adamw_bf16_sr", self.dtype)
+        trained = self.weights()
         optimizer = AdamW(
-            self.parameters,
+            trained,
             betas=BETAS,
             eps=EPS,
             weight_decay=WEIGHT_DECAY,
-            decay_names=decay_names(self.parameters),
+            decay_names=decay_names(trained),
             state_dtype=form.state_dtype,
             master=form.master,
         )
@@ -104,7 +105,7 @@ class Ours(Arm):
         names = {name: [theirs for theirs, _ in hf_views(self.model, {name: p})] for name, p in self.parameters.items()}
 
         def watched() -> dict[str, Tensor]:
-            return dict(hf_views(self.model, self._live() | optimizer.state()["master"]))
+            return self.weights() | optimizer.state()["master"]
 
         return Guard(names, watched, min_lr=LEARNING_RATE / 10)
 

@@ -114,8 +114,9 @@ def machine(argv: list[str], commit: str | None) -> dict[str, Any]:
 class Runner:
     """The children of one run, and the file that they fill."""
 
-    def __init__(self, out: Path, where: dict[str, Any], folder: Path, at_once: int) -> None:
+    def __init__(self, out: Path, where: dict[str, Any], folder: Path, at_once: int, turns: Path | None) -> None:
         self.out, self.where, self.folder = out, where, folder
+        self.turns = folder / "turns" if turns is None and at_once > 1 else turns
         self.at_once, self._slots, self._writing = at_once, BoundedSemaphore(at_once), Lock()
         self.record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"works": {}}
 
@@ -124,7 +125,7 @@ class Runner:
         part = self.folder / f"{name}.json"
         part.unlink(missing_ok=True)
         arguments = [*arguments, "--out", str(part)]
-        arguments += ["--turns", str(self.folder / "turns")] if self.at_once > 1 else []
+        arguments += ["--turns", str(self.turns)] if self.turns is not None else []
         with self._slots:
             ended = spawn(arguments, self.folder / "caches", self.folder / f"{name}.log")
         if ended is not None:
@@ -233,7 +234,7 @@ def _measured(spec: Spec, work: Work, options: argparse.Namespace, turns: Turns)
         limits = json.loads(options.ceilings)
         row["profile"] = profile_step(made[0], work, limits, row["seconds"]["median"])
         if made[0].recompute == "light":
-            row["layer"] = table(made[0], work, options.folder, limits)
+            row["layer"] = table(made[0], work, options.folder, limits, turns.beside_others)
     return row
 
 
@@ -254,8 +255,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--commit", help="what to record where this is a copy without history")
-    for name in ("--child", "--folder", "--expected", "--ceilings", "--started", "--turns"):
-        kind = {"--folder": Path, "--turns": Path, "--started": float}.get(name, str)
+    parser.add_argument(
+        "--turns", type=Path, help="a file that several runs share, so that one arm of them all is timed"
+    )
+    for name in ("--child", "--folder", "--expected", "--ceilings", "--started"):
+        kind = {"--folder": Path, "--started": float}.get(name, str)
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     for name in ("--prepare", "--only-first-step"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
@@ -277,7 +281,7 @@ def main(argv: list[str]) -> int:
         print("error: no GPU here, so nothing was measured; run this on a machine that has one", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(options.out, machine(argv, options.commit), Path(folder), options.at_once)
+        runner = Runner(options.out, machine(argv, options.commit), Path(folder), options.at_once, options.turns)
         print(runner.where["versions"], runner.where["commit"], flush=True)
         passed = ["--profile"] if options.profile else []
         passed += ["--steps", str(options.steps)] if options.steps else []
