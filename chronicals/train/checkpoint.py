@@ -169,7 +169,7 @@ def write_checkpoint(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
     _write_optimizer(folder, parts)
     rng = _rng()
     save_file(rng, folder / "rng.safetensors")
-    views = _optimizer_views(parts.model, parts.optimizer, parts.loss_scale)
+    views = _optimizer_views(parts.optimizer, parts.loss_scale)
     digests |= {name: _hex([tensor])[0] for name, tensor in views}
     digests |= {f"rng.{name}": _hex([tensor])[0] for name, tensor in rng.items()}
     write_state(folder, state, digests)
@@ -226,7 +226,7 @@ def restore(
 
     for name, weight in hf_views(model, dict(model.named_parameters())):
         compare(name, weight)
-    waiting = dict(_optimizer_views(model, optimizer, loss_scale))
+    waiting = dict(_optimizer_views(optimizer, loss_scale))
     for name, saved in _read(sorted(folder.glob("optimizer*.safetensors"))):
         target = waiting.pop(name, None)
         if target is None or target.shape != saved.shape:
@@ -250,20 +250,19 @@ def checkpoint_bytes(model: Decoder, optimizer: OptimizerState) -> tuple[int, in
     return weights + moments, weights
 
 
-def _optimizer_views(model: Decoder, optimizer: OptimizerState, loss_scale: LossScale) -> Iterator[tuple[str, Tensor]]:
-    """The live optimizer state under the names it is saved by; loading copies into the same views."""
+def _optimizer_views(optimizer: OptimizerState, loss_scale: LossScale) -> Iterator[tuple[str, Tensor]]:
+    """The live optimizer state, of tensors by Hugging Face names, under the names it is saved by; loading copies into
+    the same tensors."""
     yield "step_count", optimizer.step_count
     yield from ((f"loss_scale.{name}", tensor) for name, tensor in loss_scale.state().items())
-    theirs = {name for name, _ in hf_views(model, dict(model.named_parameters()))}
     for kind, tensors in optimizer.state().items():
-        named = tensors.items() if theirs.issuperset(tensors) else hf_views(model, tensors)
-        yield from ((f"{kind}.{name}", tensor) for name, tensor in named)
+        yield from ((f"{kind}.{name}", tensor) for name, tensor in tensors.items())
 
 
 def _write_optimizer(folder: Path, parts: Parts) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
-    for name, view in _optimizer_views(parts.model, parts.optimizer, parts.loss_scale):
+    for name, view in _optimizer_views(parts.optimizer, parts.loss_scale):
         size = view.numel() * view.element_size()
         if size > room and shards[-1]:
             shards.append({})

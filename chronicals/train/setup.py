@@ -176,16 +176,17 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
     model = _model(config, start, data.chat, ops)
     model.set_recompute(config.recompute, config.recompute_layers)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = dict(hf_views(model, {name: parameter.detach() for name, parameter in trainable.items()}))
     form = format_of(config.optimizer, start.dtype)
     optimizer = AdamW(
-        trainable,
+        trained,
         state_dtype=form.state_dtype,
         master=form.master,
         seed=config.seed,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
-        decay_names=decay_names(trainable),
+        decay_names=decay_names(trained),
     )
     loss_scale = loss_scale_for(start.dtype, start.device)
     state, notes = RunState(), []
@@ -199,7 +200,7 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
     hf_names = {name: [theirs for theirs, _ in hf_views(model, {name: p})] for name, p in trainable.items()}
 
     def watched() -> dict[str, Tensor]:
-        return dict(hf_views(model, {name: p.detach() for name, p in trainable.items()} | optimizer.state()["master"]))
+        return trained | optimizer.state()["master"]
 
     guard = Guard(
         hf_names, watched, min_lr=config.learning_rate / 10, step=state.step, half=start.dtype == torch.float16

@@ -104,7 +104,7 @@ class Step:
         self.grad_norm.copy_(total)
         healthy = self.guard.watch_gradients(self.loss, norms, may_mend=self.loss_scale.may_fall())
         scale = self.loss_scale.unscaled(clip_scale(self.grad_norm, self.max_grad_norm))
-        self.optimizer.step(self.gradients.buffers, self.lr, scale, healthy, zero_grads=self.gradients.accumulate)
+        self.optimizer.step(self.gradients.views, self.lr, scale, healthy, zero_grads=self.gradients.accumulate)
         self.loss_scale.update(self.grad_norm)
 
 

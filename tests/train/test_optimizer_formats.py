@@ -92,6 +92,22 @@ def test_resume_is_exact(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert [key for key in expected if not torch.equal(expected[key], got[key])] == []
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_bf16_sr", "adamw_8bit"])
+def test_a_run_resumes_exactly(optimizer: str, tmp_path: Path) -> None:
+    held = {}
+    for name in ("straight", "resumed"):
+        folder = tmp_path / name
+        helpers.make_model(folder / "model")
+        helpers.make_chats(folder / "chats.jsonl")
+        config = {"optimizer": optimizer, "bf16": True, "num_epochs": 10, "resume_from_checkpoint": "auto"}
+        for steps in [6] if name == "straight" else [3, 6]:
+            helpers.run(helpers.make_config(folder, **config, max_steps=steps, lr_scheduler="constant"))
+        saved = folder / "out" / "checkpoint-6"
+        held[name] = load_file(saved / "optimizer.safetensors") | load_file(saved / "model.safetensors")
+    assert held["straight"].keys() == held["resumed"].keys()
+    assert [key for key, tensor in held["straight"].items() if not torch.equal(tensor, held["resumed"][key])] == []
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("adamw", torch.bfloat16), ("adamw_8bit", torch.bfloat16)])
 def test_state_is_saved_by_hugging_face_names(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = load_model(helpers.make_model(tmp_path / "model"), dtype=dtype)
