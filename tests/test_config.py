@@ -181,7 +181,10 @@ ERRORS = [
     ("load_in_4bit: true", "c.yaml:4: load_in_4bit is known but not supported"),
     ("fp16: true\nbf16: true", "c.yaml:4: fp16 and bf16 are both true; remove one of them"),
     ("trust_remote_code: true", "c.yaml:4: trust_remote_code is known but not supported; no code from a repository"),
-    ("optimizer: lion", "c.yaml:4: optimizer: lion is known but not supported; use one of adamw, adamw_bf16_sr, adamw_8bit"),
+    (
+        "optimizer: lion",
+        "c.yaml:4: optimizer: lion is known but not supported; use one of adamw, adamw_bf16_sr, adamw_8bit",
+    ),
     ("optim: sgdd", "c.yaml:4: optim must be one of adamw, adamw_bf16_sr, adamw_8bit, not 'sgdd'"),
     (
         "lr_scheduler: linar",
