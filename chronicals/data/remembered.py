@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields
@@ -34,7 +35,7 @@ class RememberedTokenizer(ChatTokenizer):
 
     def __init__(self, facts: dict[str, Any], load: Callable[[], ChatTokenizer]) -> None:
         self.__dict__ |= {"facts": facts, "pad_id": facts["pad_id"], "_loader": load, "_lock": Lock()}
-        self.__dict__["_thread"] = Thread(target=self.load, name="load tokenizer", daemon=True)
+        self.__dict__["_thread"] = Thread(target=self._load_beside, name="load tokenizer", daemon=True)
 
     @property
     def is_loaded(self) -> bool:
@@ -48,6 +49,14 @@ class RememberedTokenizer(ChatTokenizer):
     def load_soon(self) -> None:
         if self._thread.ident is None:
             self._thread.start()
+
+    def _load_beside(self) -> None:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-4)  # by default a step's every torch op would wait 5 ms for this thread
+        try:
+            self.load()
+        finally:
+            sys.setswitchinterval(interval)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _FIELDS:
