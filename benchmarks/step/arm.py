@@ -76,10 +76,8 @@ def synchronize(device: str) -> None:
 ARMS: dict[str, Spec] = {
     "ours": Spec("ours"),
     "ours_varlen": Spec("ours", options={"attention": "torch"}, about="attention by torch's FlashAttention-2"),
-    "ours_least": Spec(
-        "ours", options={"recompute": "mlp", "layers": "4"}, about="less memory: recompute: mlp, recompute_layers: 4"
-    ),
-    "ours_full": Spec("ours", options={"recompute": "full"}, about="least memory: recompute: full"),
+    "ours_less": Spec("ours", options={"recompute": "mlp", "layers": "6"}, about="the MLP of 6 layers recomputed"),
+    "ours_least": Spec("ours", options={"recompute": "full"}, about="every layer recomputed"),
     "ours_none": Spec("ours", options={"recompute": "none"}, about="recompute: none"),
     "unsloth": Spec("unsloth"),
     "unsloth_graphs": Spec("unsloth", options={"graphs": "1"}, about="UNSLOTH_BLOCK_CUDAGRAPHS=1"),

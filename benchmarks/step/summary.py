@@ -20,12 +20,12 @@ SEEN_ON = "H200"
 
 # (arm, peer or None for the best at its precision, at least this many times as fast)
 SPEED: dict[str, tuple[tuple[str, str | None, float], ...]] = {
-    "full05": (("ours", None, 1.2), ("ours_least", None, 1.15)),
+    "full05": (("ours", None, 1.2), ("ours_less", None, 1.15)),
     "full05s": (("ours", None, 1.9), ("ours", "unsloth", 4.4)),
     "gsm8k": (("ours", "unsloth_packed", 3.0), ("ours", "unsloth_default", 5.5), ("ours", "trl_liger", 13.0)),
 }
 MEMORY_GIB: dict[str, dict[str, float]] = {  # allocated at the peak, at most
-    "full05": {"ours": 16.0, "ours_least": 14.0},
+    "full05": {"ours": 16.0, "ours_less": 14.0},
     "full05s": {"ours": 6.2},
 }
 KINDS = {  # the end of an arm's name -> what its section says
