@@ -167,6 +167,11 @@ class AttentionBackend(ABC):
         """
 
 
+def no_rows(q: Tensor) -> tuple[Tensor, Tensor]:
+    """What `AttentionBackend.forward` returns for a batch without rows, which libraries refuse or crash on."""
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], 0, dtype=torch.float32)
+
+
 class _Attention(torch.autograd.Function):
     """A backend under autograd."""
 
@@ -321,6 +326,8 @@ class TorchVarlen(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
     ) -> tuple[Tensor, Tensor]:
         self._check(q, **options)
+        if not len(q):
+            return no_rows(q)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False, **_torch_options(**options)
         )
@@ -342,6 +349,8 @@ class TorchVarlen(AttentionBackend):
         **options: Unpack[Options],
     ) -> None:
         self._check(q, **options)
+        if not len(q):
+            return
         state = torch.empty(2, dtype=torch.uint64, device=q.device)  # dropout's, which is 0
         unused = torch.empty(0, device=q.device)
         bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)

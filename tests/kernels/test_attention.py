@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from chronicals.kernels.attention import (
+    AttentionBackend,
     PerDocument,
     TorchVarlen,
     _Attention,
@@ -119,10 +120,13 @@ def test_a_backend_under_autograd_is_its_halves() -> None:
     )
 
 
-def test_no_rows_at_all() -> None:
-    q, k, v = (x.requires_grad_() for x in qkv(0, 4, 2))
+@pytest.mark.parametrize("backend", [PerDocument(), TorchVarlen()], ids=lambda backend: type(backend).__name__)
+def test_no_rows_at_all(backend: AttentionBackend) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(0, 4, 2, dtype=torch.bfloat16))
     cu_seqlens = torch.zeros(3, dtype=torch.int32)
-    out = _Attention.apply(q, k, v, cu_seqlens, 8, PerDocument(), {})
+    _, lse = backend.forward(q, k, v, cu_seqlens, 8)
+    assert (lse.shape, lse.dtype) == ((4, 0), torch.float32)
+    out = _Attention.apply(q, k, v, cu_seqlens, 8, backend, {})
     assert out.shape == (0, 4, 8)
     assert [grad.shape for grad in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
 

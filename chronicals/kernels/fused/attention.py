@@ -26,7 +26,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from chronicals.kernels.attention import HALF, AttentionBackend, Options, plain_backend
+from chronicals.kernels.attention import HALF, AttentionBackend, Options, no_rows, plain_backend
 
 LONGEST_HEAD = 128  # elements; its backward takes no longer ones on Hopper
 
@@ -56,6 +56,8 @@ class FlashAttention4(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
     ) -> tuple[Tensor, Tensor]:
         _check(q)
+        if not len(q):
+            return no_rows(q)
         known = _options(cu_seqlens, max_seqlen, **options)
         out, lse = self.interface._flash_attn_fwd(q, k, v, return_lse=True, **known)[:2]
         return out, lse
@@ -75,6 +77,8 @@ class FlashAttention4(AttentionBackend):
         dv: Tensor,
         **options: Unpack[Options],
     ) -> None:
+        if not len(q):
+            return
         known = _options(cu_seqlens, max_seqlen, **options)
         self.interface._flash_attn_bwd(
             q, k, v, out, d_out, lse, deterministic=self.deterministic, dq=dq, dk=dk, dv=dv, **known

@@ -109,6 +109,35 @@ def test_few_rows(name: str, bounds: list[int]) -> None:
     check(name, torch.bfloat16, (14, 2), 64, bounds, {})
 
 
+@pytest.mark.parametrize("name", [FA4, "torch"])
+@pytest.mark.parametrize(("heads", "head_dim"), [((14, 2), 64), ((40, 8), 128)])
+def test_no_worse_than_eager(name: str, heads: tuple[int, int], head_dim: int) -> None:
+    """bf16 against float64, beside plain attention in bf16: its matmuls round scores, its softmax is in float32."""
+    parts, cu_seqlens = (heads[0], heads[1], heads[1]), boundaries(BOUNDS)
+    packed, d_out = inputs(heads, head_dim, torch.bfloat16)
+    out, _, d_packed = run(backend_named(name), packed, d_out, parts, cu_seqlens)
+    leaf = packed.clone().requires_grad_()
+    eager = varlen_attention_reference(*leaf.split(parts, dim=1), cu_seqlens, 0)
+    d_eager = torch.autograd.grad(eager, leaf, d_out)[0]
+    expected, d_expected = exact(packed, d_out, parts, cu_seqlens)
+    found = [out, *d_packed.split(parts, dim=1)], [eager, *d_eager.split(parts, dim=1)]
+    right = [expected, *d_expected.split(parts, dim=1)]
+    for which, mine, its, true in zip(("out", "dq", "dk", "dv"), *found, right, strict=True):
+        error, eager_error = relative_error(mine, true), relative_error(its, true)
+        assert error <= 1.05 * eager_error, f"{which} is {error:.1e} from float64, eager {eager_error:.1e}"
+
+
+@pytest.mark.parametrize("name", [FA4, "torch", "per document"])
+def test_no_rows_at_all(name: str) -> None:
+    packed, d_out = inputs((14, 2), 64, torch.bfloat16, 0)
+    out, lse, d_packed = run(backend_named(name), packed, d_out, (14, 2, 2), boundaries([0]))
+    assert (out.shape, lse.shape, d_packed.shape) == ((0, 14, 64), (14, 0), (0, 18, 64))
+    leaf = packed.requires_grad_()
+    out = backend_named(name)(*leaf.split((14, 2, 2), dim=1), boundaries([0]), 128)
+    assert torch.autograd.grad(out.sum(), leaf)[0].shape == leaf.shape
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("name", [FA4, "torch", "per document"])
 def test_lse_is_the_logarithm_of_the_sum(name: str) -> None:
     packed, _ = inputs((4, 2), 64, torch.bfloat16, 300)

@@ -73,6 +73,16 @@ def test_gradients_are_written_where_the_caller_wants_them(library: list[dict[st
     assert backward["dq"].stride() == backward["dk"].stride() == (128, 16, 1), "views of one dqkv buffer"
 
 
+def test_no_rows_ask_it_for_nothing(library: list[dict[str, Any]]) -> None:
+    q, k, v = (x[:0].requires_grad_() for x in qkv())
+    bounds = torch.zeros(3, dtype=torch.int32)
+    out, lse = FlashAttention4().forward(q, k, v, bounds, 8)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 0), torch.float32)
+    grads = torch.autograd.grad(FlashAttention4()(q, k, v, bounds, 8).sum(), (q, k, v))
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+    assert library == []
+
+
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
