@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.kernels.harness import Arm, Call, Case, relative_error
+from benchmarks.kernels.harness import Arm, Call, Case, assert_no_worse, relative_error
 from chronicals.kernels.attention import AttentionBackend, TorchVarlen, varlen_attention_reference
 from chronicals.kernels.fused.attention import FlashAttention4, backend_for, is_installed
 
@@ -121,19 +121,33 @@ def dense(work: Work, *, backward: bool) -> Arm:
     return arm
 
 
+def plain(work: Work, packed: Tensor, d_out: Tensor, bounds: Tensor) -> dict[str, Tensor]:
+    """Document by document as transformers' eager attention: matmuls in the inputs' dtype, softmax in float32."""
+    leaf = packed.detach().requires_grad_()
+    out = varlen_attention_reference(*leaf.split(work.parts, dim=1), bounds, 0)
+    return {"out": out.detach(), "d_packed": torch.autograd.grad(out, leaf, d_out)[0]}
+
+
+def parts_of(work: Work, d_packed: Tensor) -> dict[str, Tensor]:
+    return dict(zip(("dq", "dk", "dv"), d_packed.split(work.parts, dim=1), strict=True))
+
+
 def gate(work: Work) -> None:
-    """Values and gradients against float64, and no worse than FlashAttention-2's."""
+    """Values and gradients against float64: no worse than eager's in bf16, nor than FlashAttention-2's."""
     packed, d_out = tensors(work)
     bounds, errors = work.boundaries(), []
-    leaf = packed.double().requires_grad_()
-    exact = varlen_attention_reference(*leaf.split(work.parts, dim=1), bounds, 0)
-    d_exact = torch.autograd.grad(exact, leaf, d_out.double())[0]
+    eager = plain(work, packed, d_out, bounds)
+    both = plain(work, packed.double(), d_out.double(), bounds)
+    exact, d_exact = both["out"], both["d_packed"]
     for backend in (chosen(work), TorchVarlen()):
         q, k, v = packed.split(work.parts, dim=1)
         out, lse = backend.forward(q, k, v, bounds, work.max_seqlen)
         d_packed = torch.full_like(packed, float("nan"))
         grads = d_packed.split(work.parts, dim=1)
         backend.backward(d_out, q, k, v, out, lse, bounds, work.max_seqlen, *grads)
+        if not errors:
+            found = {"out": out, "d_packed": d_packed} | parts_of(work, d_packed)
+            assert_no_worse(found, eager | parts_of(work, eager["d_packed"]), both | parts_of(work, d_exact))
         errors.append((relative_error(out, exact), relative_error(d_packed, d_exact)))
     (out_error, grad_error), (torch_out_error, torch_grad_error) = errors
     assert out_error <= max(1.05 * torch_out_error, 3e-3), f"out is {out_error:.1e} off, torch's {torch_out_error:.1e}"
