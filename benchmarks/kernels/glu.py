@@ -1,8 +1,8 @@
 """Gated linear units against a copy: forward, and backward in place with the product rebuilt.
 
 Eager moves five tensors of (T, F) forward where three suffice, so 5/3 is the most that any kernel can gain on it there.
-Our backward is the one that a layer runs: the gradient over gate and up, the product over its own gradient. Peers keep
-the product instead, and their backward is timed without it.
+"backward" of ours is the one that a layer runs: the gradient over gate and up, the product over its own gradient. Peers
+keep the product instead, and their backward is timed without it: like with like is "backward, no product".
 """
 
 from __future__ import annotations
@@ -84,6 +84,17 @@ def ours_backward_arm(rows: int, width: int, activation: str) -> Arm:
     return prepared
 
 
+def ours_backward_alone_arm(rows: int, width: int, activation: str) -> Arm:
+    def prepared() -> Call:
+        from chronicals.kernels.fused.glu import glu_backward
+
+        gate_up, d_out = make(rows, width)
+        d_gate_up = torch.empty_like(gate_up)
+        return lambda: glu_backward(d_out, gate_up, activation, d_gate_up=d_gate_up)
+
+    return prepared
+
+
 def gate(rows: int, width: int, activation: str) -> None:
     from chronicals.kernels.fused.glu import glu_backward, glu_forward
 
@@ -97,8 +108,10 @@ def gate(rows: int, width: int, activation: str) -> None:
         del x, out, grad
     exact, eager = results
     product = glu_forward(gate_up, activation)
+    alone = glu_backward(d_out, gate_up, activation, d_gate_up=torch.empty_like(gate_up))
     glu_backward(d_out, gate_up, activation, d_gate_up=gate_up, out=d_out)
     assert torch.equal(product, d_out), "the rebuilt product is not the forward's"
+    assert torch.equal(alone, gate_up), "the gradient is another where the product is not rebuilt"
     assert_no_worse({"product": product, "d_gate_up": gate_up}, eager, exact)
 
 
@@ -116,3 +129,5 @@ def cases() -> Iterable[Case]:
         forward, backward = ours_forward_arm(*sizes, activation), ours_backward_arm(*sizes, activation)
         yield Case(name, shape, "forward", 3 * unit, check, forward, forwards, claim=claim)
         yield Case(name, shape, "backward", 6 * unit, check, backward, backwards, claim=claim)
+        alone = ours_backward_alone_arm(*sizes, activation)
+        yield Case(name, shape, "backward, no product", 5 * unit, check, alone, backwards)

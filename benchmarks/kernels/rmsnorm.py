@@ -90,9 +90,9 @@ def with_rstd(t: Tensors, *, residual: bool) -> Tensors:
     return t | {"rstd": rmsnorm_forward(t["x"], t["weight"], EPS)[1]}
 
 
-def qk_views(t: Tensors) -> tuple[Tensor, Tensor]:
+def qk_views(t: Tensors, name: str = "qkv") -> tuple[Tensor, Tensor]:
     queries, keys, width = HEADS
-    q, k, _ = t["qkv"].unflatten(1, (-1, width)).split((queries, keys, keys), dim=1)
+    q, k, _ = t[name].unflatten(1, (-1, width)).split((queries, keys, keys), dim=1)
     return q, k
 
 
@@ -106,6 +106,27 @@ def ours_qk(t: Tensors) -> Tensors:
 def make_qk(rows: int) -> Tensors:
     queries, keys, width = HEADS
     return {"qkv": random(rows, (queries + 2 * keys) * width), "weight": random(width)}
+
+
+def make_qk_backward(rows: int) -> Tensors:
+    from chronicals.kernels.fused.rmsnorm import rmsnorm_forward
+
+    t = make_qk(rows)
+    t |= {"d_qkv": torch.randn_like(t["qkv"]), "written": torch.empty_like(t["qkv"])}
+    rstd = [rmsnorm_forward(x, t["weight"], EPS)[1] for x in qk_views(t)]
+    return t | {"q_rstd": rstd[0], "k_rstd": rstd[1]}
+
+
+def ours_qk_backward(t: Tensors) -> Tensors:
+    """From parts of packed buffers into parts of another: over itself, as in a layer, replays would overflow."""
+    from chronicals.kernels.fused.rmsnorm import reduce_partials, rmsnorm_backward
+
+    grads = {}
+    for name, x, d, out in zip("qk", qk_views(t), qk_views(t, "d_qkv"), qk_views(t, "written"), strict=True):
+        grads[f"d{name}"], partial = rmsnorm_backward(d, x, t[f"{name}_rstd"], t["weight"], out=out)
+        assert partial is not None
+        grads[f"d_{name}_weight"] = reduce_partials(partial, torch.bfloat16)
+    return grads
 
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]
@@ -142,6 +163,20 @@ def plain_backward(t: Tensors, norm: Norm) -> Callable[[], Tensors]:
     return call
 
 
+def plain_qk_backward(t: Tensors, norm: Norm) -> Callable[[], Tensors]:
+    """As `plain_backward`, of both norms, which have a weight each."""
+    heads = [x.clone().requires_grad_() for x in qk_views(t)]
+    weights = [t["weight"].clone().requires_grad_() for _ in heads]
+    outputs = [norm(x, weight, EPS) for x, weight in zip(heads, weights, strict=True)]
+    upstream = [d.clone() for d in qk_views(t, "d_qkv")]
+
+    def call() -> Tensors:
+        grads = torch.autograd.grad(outputs, (*heads, *weights), upstream, retain_graph=True)
+        return dict(zip(("dq", "dk", "d_q_weight", "d_k_weight"), grads, strict=True))
+
+    return call
+
+
 def liger_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
@@ -156,9 +191,12 @@ def arm(make: Make, op: Callable[[Tensors], Tensors]) -> Arm:
     return prepared
 
 
-def backward_arm(make: Make, norm: Norm) -> Arm:
+Plain = Callable[[Tensors, Norm], Callable[[], Tensors]]
+
+
+def backward_arm(make: Make, norm: Norm, plain: Plain) -> Arm:
     def prepared() -> Call:
-        call = plain_backward(make(), norm)
+        call = plain(make(), norm)
         return lambda: tuple(call().values())
 
     return prepared
@@ -184,16 +222,24 @@ def forward_case(
     return Case(op, shape, "forward", size, gate, arm(make, ours), peers, claim=claim)
 
 
-def backward_case(op: str, shape: str, size: int, make: Make) -> Case:
+def backward_case(
+    op: str,
+    shape: str,
+    size: int,
+    make: Make,
+    ours: Callable[[Tensors], Tensors] = ours_backward,
+    plain: Plain = plain_backward,
+    claim: float | None = CLAIM,
+) -> Case:
     def gate() -> None:
         t = make()
-        exact = plain_backward({name: tensor.double() for name, tensor in t.items()}, rmsnorm_reference)()
-        assert_no_worse(ours_backward(t), plain_backward(t, rmsnorm)(), exact)
+        exact = plain({name: tensor.double() for name, tensor in t.items()}, rmsnorm_reference)()
+        assert_no_worse(ours(t), plain(t, rmsnorm)(), exact)
 
-    peers = {"eager": backward_arm(make, rmsnorm)}
+    peers = {"eager": backward_arm(make, rmsnorm, plain)}
     if installed("liger_kernel"):
-        peers["liger"] = backward_arm(make, liger_norm)
-    return Case(op, shape, "backward", size, gate, arm(make, ours_backward), peers, claim=CLAIM, target=None)
+        peers["liger"] = backward_arm(make, liger_norm, plain)
+    return Case(op, shape, "backward", size, gate, arm(make, ours), peers, claim=claim, target=None)
 
 
 def step_backward_case(op: str, shape: str, size: int, make: Make) -> Case:
@@ -238,3 +284,7 @@ def cases() -> Iterable[Case]:
     size = rows * (queries + keys) * (4 * width + 4)
     shape = f"{rows} x {queries}+{keys} x {width}"
     yield forward_case("qk_norm", shape, size, lambda: make_qk(rows), ours_qk, plain_qk)
+    size = rows * (queries + keys) * (6 * width + 4)
+    yield backward_case(
+        "qk_norm", shape, size, lambda: make_qk_backward(rows), ours_qk_backward, plain_qk_backward, claim=None
+    )
