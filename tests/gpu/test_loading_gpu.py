@@ -41,6 +41,7 @@ def test_loading_takes_the_parameters_and_one_buffer(dtype: torch.dtype, tmp_pat
     loaded = load_model(tmp_path, dtype=dtype, device="cuda")
     size = sum(parameter.nbytes for parameter in loaded.parameters())
     converted = 0 if dtype == torch.bfloat16 else shards.BUFFER  # pieces change their dtype on the GPU
-    assert torch.cuda.max_memory_allocated() - before <= size + converted + 2**20
+    rounding = 2**22  # torch's allocator does not split off what would be less than 1 MiB of a large block
+    assert torch.cuda.max_memory_allocated() - before <= size + converted + rounding
     for (name, ours), theirs in zip(loaded.named_parameters(), saved.parameters(), strict=True):
         assert torch.equal(ours, theirs.to(dtype)), name
