@@ -25,7 +25,8 @@ def train(spec: SftSpec, folder: Path, file: Path, started: float, turns: Turns)
     assert wide < 0.01 * sum(p.numel() for p in model.parameters()), f"{wide} weights are wider than bf16"
     memory, counted = Memory("cuda"), _Counted()
     trainer = _trainer(spec, model, tokenizer, file)
-    trainer.data_collator = counted.around(trainer.data_collator)
+    collator = trainer.data_collator  # the object stays: trainers look at what it is
+    collator.torch_call = counted.around(collator.torch_call)
     clock = _clock(started, memory, turns)
     trainer.add_callback(clock)
     trainer.train()

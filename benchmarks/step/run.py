@@ -63,7 +63,7 @@ def texts() -> list[str]:
     return [file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def spawn(arguments: list[str], caches: Path, log: Path) -> str | None:
+def spawn(arguments: list[str], caches: Path, log: Path, turns: Path | None) -> str | None:
     """A child of this module; None, or how it ended where it did not end well. Compiled kernels go to `caches`."""
     settings = {
         "HF_HUB_OFFLINE": "1",
@@ -74,7 +74,8 @@ def spawn(arguments: list[str], caches: Path, log: Path) -> str | None:
         "UNSLOTH_COMPILE_LOCATION": str(caches / "unsloth"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }
-    command = [sys.executable, "-m", "benchmarks.step.run", *arguments, "--started", repr(time.time())]
+    waits = ["benchmarks.step.turns", str(turns)] if turns is not None else []
+    command = [sys.executable, "-m", *waits, "benchmarks.step.run", *arguments, "--started", repr(time.time())]
     with log.open("a", encoding="utf-8") as out:
         try:
             code = subprocess.run(
@@ -128,7 +129,7 @@ class Runner:
         arguments = [*arguments, "--out", str(part)]
         arguments += ["--turns", str(self.turns)] if self.turns is not None else []
         with self._slots:
-            ended = spawn(arguments, self.folder / "caches", self.folder / f"{name}.log")
+            ended = spawn(arguments, self.folder / "caches", self.folder / f"{name}.log", self.turns)
         if ended is not None:
             return {"error": ended}
         return json.loads(part.read_text(encoding="utf-8"))
@@ -227,7 +228,7 @@ def _measured(spec: Spec, work: Work, options: argparse.Namespace, turns: Turns)
         return made[0]
 
     row = measure(make, work, options.folder, json.loads(options.expected), options.started, turns)
-    if options.profile and "error" not in row and spec.family == "ours":
+    if options.profile and "error" not in row and spec == ARMS["ours"]:
         from benchmarks.step.layer import table
         from benchmarks.step.profile import profile_step
 

@@ -305,6 +305,8 @@ def test_a_misconfigured_peer_gives_no_ratio() -> None:
     lines = summary.verdicts("full05", made)
     assert lines[0] == "!! unsloth reached 100,000 tokens/s, expected at least 112,590"
     assert not [line for line in lines if "x " in line.split("GiB")[0] and "ours" in line and "GiB" not in line]
+    harmless = section({"ours": 162.5e3, **PEERS, "eager": 10e3})
+    assert "ours is 1.30x unsloth, the quickest peer" in summary.verdicts("full05", harmless), "eager could not be it"
     slow = section({"ours": 162.5e3, **PEERS, "unsloth": 105e3}, matmul=600e12)
     assert "ours is 1.45x compile, the quickest peer" in summary.verdicts("full05", slow)
 
