@@ -1,7 +1,7 @@
 """Column sums, the gradient of a bias, against a copy that moves as many bytes as they read.
 
-A training step adds up the partial sums of all its layers in one launch: the target is for one of as many as Qwen2.5-0.5B has that share a
-reduction ("1 of 24"); one with a reduction of its own is told beside it. Eager is `x.sum(0)`.
+A training step adds up the partial sums of all its layers in one launch: the target is for one of as many as
+Qwen2.5-0.5B has ("1 of 24"); one with a reduction of its own is told beside it. Eager is `x.sum(0)`.
 """
 
 from __future__ import annotations
