@@ -143,7 +143,7 @@ def step_row(work: str, name: str, section: Mapping[str, Any]) -> list[str]:
 
 STEP_HEAD = ["", "tokens/s", "x best peer", "MFU", "GiB", "first step, s", "loss", "gradient norm"]
 STEP_NOTE = (
-    "Tokens/s: median (least to most) of steps timed by the wall, real tokens only; every arm in a process of its own, "
+    "Tokens/s: median (least to most) of steps, real tokens only; every arm in a process of its own, "
     "on the same weights, batches and recipe, after a gate on loss, gradients and moved weights. *MFU*: model FLOPs "
     "(6 a matrix element and token, 7 halves of a causal attention matmul; nothing recomputed counts) over the GPU's "
     "data sheet / over the rate of an 8192^3 matmul in the same run. *GiB* at the peak: tensors / reserved by the "
@@ -160,7 +160,7 @@ def steps(short: bool) -> str:
         names = sorted(green(section) if short else section["arms"], key=is_peer)
         parts.append(f"**{section['title']}**\n\n{table(STEP_HEAD, [step_row(work, name, section) for name in names])}")
         versions = ("torch", "triton", "transformers", "flash-attn-4", "unsloth", "liger-kernel", "trl")
-        where = measured_on(section, *versions)
+        where = f"{measured_on(section, *versions)} Timed {section['clock']}."
         if section["at_once"] > 1:
             where += (
                 f" Up to {section['at_once']} arms started up at once, which slows first steps; each was timed alone."

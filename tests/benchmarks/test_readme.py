@@ -44,7 +44,7 @@ WHERE = {
     "versions": {"torch": "2.11.0", "unsloth": None},
     "commit": "0123456789",
     "command": "chronicals bench step",
-    "at_once": 4,
+    "at_once": 4, "clock": "by the wall",
 }
 
 
@@ -88,7 +88,7 @@ def test_steps_are_told_with_ratio_and_reason() -> None:
     assert "| Unsloth | 125,000 (125,000 to 125,000) |  |" in text
     assert (
         "no number" not in text
-        and "NVIDIA H200, torch 2.11.0, commit 0123456, `chronicals bench step`. Up to 4 arms" in text
+        and "NVIDIA H200, torch 2.11.0, commit 0123456, `chronicals bench step`. Timed by the wall. Up to 4 arms" in text
     )
     assert "where a step goes" not in text
 
