@@ -1,7 +1,7 @@
 """Where a weight's gradient goes: into buffers of our own, or back to autograd.
 
-Whoever computes a weight gradient by hand (projections, norms, the loss head) asks the model's one sink, chosen when
-the model is built:
+Whoever computes a weight gradient by hand (projections, norms, the loss head) asks the model's one sink, `Autograd`
+until a trainer sets another:
 
     buffer, add = sink.open(parameter)
     matmul_into(buffer, add, d_out.t(), x)      # or vector_into
@@ -104,6 +104,7 @@ class InPlace:
         self.reached: set[Tensor] = set()  # ever
 
     def start(self) -> None:
+        assert not self._waiting, "the micro-batch before was not ended by `finish`: parts of its gradients are lost"
         self.written.clear()
 
     def open(self, parameter: Tensor) -> tuple[Tensor, bool]:
@@ -119,6 +120,7 @@ class InPlace:
         stack = self._stacks.get(parameter)
         if stack is None:
             return None
+        assert parameter not in self.written, "a second set of parts would overwrite the first"
         self.written.add(parameter)
         self.reached.add(parameter)
         self._waiting[stack] = None
@@ -204,11 +206,11 @@ class WeightGradients:
         return self.sink.partials(parameter, parts) if parameter.requires_grad else None
 
     def sum(self, parameter: Tensor, partials: Tensor, reduce: Reduce) -> None:
-        """The sum of `partials` (parts, N) is its gradient; `reduce` is the ops' `reduce_partials`."""
-        if parameter.requires_grad:
-            buffer, add = self.sink.open(parameter)
-            reduce(partials, buffer.dtype, out=buffer, add=add)
-            self._returned[parameter] = self.sink.close(parameter, buffer)
+        """The sum of `partials` (parts, N) is the gradient of `parameter`, which is not frozen: nobody makes parts for
+        one that is. `reduce` is the ops' `reduce_partials`."""
+        buffer, add = self.sink.open(parameter)
+        reduce(partials, buffer.dtype, out=buffer, add=add)
+        self._returned[parameter] = self.sink.close(parameter, buffer)
 
     def of(self, parameters: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
         """What an autograd function returns for them; None where there is nothing to return."""

@@ -177,17 +177,7 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
     model.set_recompute(config.recompute, config.recompute_layers)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained = dict(hf_views(model, {name: parameter.detach() for name, parameter in trainable.items()}))
-    form = format_of(config.optimizer, start.dtype)
-    optimizer = AdamW(
-        trained,
-        state_dtype=form.state_dtype,
-        master=form.master,
-        seed=config.seed,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        decay_names=decay_names(trained),
-    )
+    optimizer = _optimizer(config, trained, start.dtype)
     loss_scale = loss_scale_for(start.dtype, start.device)
     state, notes = RunState(), []
     if saved is not None and start.checkpoint is not None:
@@ -296,6 +286,20 @@ def _model(config: TrainConfig, start: Start, chat: ChatTokenizer, ops: Ops) -> 
         model = load_model(config.base_model, dtype=start.dtype, device=start.device, ops=ops, revision=revision)
     model.resize_token_embeddings(max(model.config.vocab_size, chat.vocab_size))  # only where tokens were added
     return model
+
+
+def _optimizer(config: TrainConfig, trained: dict[str, Tensor], dtype: torch.dtype) -> AdamW:
+    form = format_of(config.optimizer, dtype)
+    return AdamW(
+        trained,
+        state_dtype=form.state_dtype,
+        master=form.master,
+        seed=config.seed,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        decay_names=decay_names(trained),
+    )
 
 
 def _base_folder(config: TrainConfig) -> Path:
