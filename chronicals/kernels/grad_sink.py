@@ -76,7 +76,8 @@ class InPlace:
     Args:
         buffers: parameter -> its buffer, of its shape, float32 or the parameter's dtype; float32 where `accumulate`.
         accumulate: a step has several micro-batches.
-        flat: (N,) what all 16-bit buffers are views of, where they are: lent as scratch.
+        flat: (N,) what all 16-bit buffers are views of, where they are: lent as scratch. None with `accumulate`, where
+            nothing may be lent.
         stacks: vectors whose parts are added up by `finish`, which ends a micro-batch then.
 
     Raises:
@@ -97,6 +98,7 @@ class InPlace:
         for parameter, buffer in buffers.items():
             assert buffer.shape == parameter.shape, f"a buffer {tuple(buffer.shape)} for {tuple(parameter.shape)}"
             assert buffer.dtype == torch.float32 or not accumulate, f"many micro-batches add up in {buffer.dtype}"
+        assert flat is None or not accumulate, "what adds up is never free"
         self.buffers, self.accumulate, self.flat = buffers, accumulate, flat
         self._stacks = {parameter: stack for stack in stacks for parameter in stack.places}
         self._waiting: dict[Stack, None] = {}  # in the order in which they came
@@ -135,7 +137,7 @@ class InPlace:
 
     def scratch(self, parameter: Tensor) -> Tensor | None:
         """Space of gradients that come later. The head is the first to write, when activations fill the memory."""
-        if self.flat is None or self.accumulate or self.written - {parameter}:
+        if self.flat is None or self.written - {parameter}:
             return None
         own = self.buffers[parameter]
         start = (own.data_ptr() - self.flat.data_ptr()) // self.flat.element_size()
