@@ -75,6 +75,15 @@ def test_one_micro_batch_keeps_the_weights_dtype() -> None:
     assert {gradient.dtype for gradient in gradients.buffers.values()} == {torch.bfloat16}
 
 
+def test_gradients_that_come_later_are_lent_to_the_head() -> None:
+    model, _ = gradients_of(torch.bfloat16, accumulate=False)
+    scratch = model.sink.scratch(model.head_weight)
+    assert scratch is not None and scratch.shape == model.head_weight.shape
+    for dtype, accumulate in ((torch.bfloat16, True), (torch.float32, False)):
+        model, _ = gradients_of(dtype, accumulate=accumulate)
+        assert model.sink.scratch(model.head_weight) is None, "it has a float32 buffer"
+
+
 def test_views_are_parts_of_the_buffers_under_hugging_face_names() -> None:
     model, gradients = gradients_of(torch.float32, accumulate=False)
     micro(model, gradients)
@@ -90,11 +99,12 @@ def test_missing_are_those_that_no_backward_has_written() -> None:
     assert gradients.missing() == []
 
 
-def test_frozen_layers_between() -> None:
-    """Their like are no longer equally far apart."""
+@pytest.mark.parametrize("frozen", ["layers.1.", "layers.1.mlp.gate_up_proj.weight"])
+def test_frozen_between(frozen: str) -> None:
+    """A layer, or a part of one: then its vectors and their like are no longer equally far apart."""
     plain, model = model_of(torch.float32), model_of(torch.float32)
     micro(plain)
-    names = [name for name, _ in model.named_parameters() if "layers.1" not in name]
+    names = [name for name, _ in model.named_parameters() if frozen not in name]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     extra = {name: parameter for name, parameter in model.named_parameters() if name in names}
@@ -103,14 +113,6 @@ def test_frozen_layers_between() -> None:
     for name, parameter in plain.named_parameters():
         if name in names:
             torch.testing.assert_close(gradients.buffers[name], parameter.grad, rtol=1e-5, atol=1e-7)
-
-
-def test_a_micro_batch_that_is_not_ended_is_no_quiet_loss() -> None:
-    """Norms and biases would keep the gradient of the step before."""
-    model, _ = gradients_of(torch.float32, accumulate=False)
-    micro(model)
-    with pytest.raises(AssertionError, match="not ended by `finish`"):
-        micro(model)
 
 
 def test_a_vector_that_two_layers_share_is_no_quiet_loss() -> None:
