@@ -84,6 +84,13 @@ def test_gradients_that_come_later_are_lent_to_the_head() -> None:
         assert model.sink.scratch(model.head_weight) is None, "it has a float32 buffer"
 
 
+def test_buffers_are_aligned_as_by_the_allocator() -> None:
+    for accumulate in (False, True):
+        _, gradients = gradients_of(torch.bfloat16, accumulate=accumulate)
+        places = [buffer.storage_offset() * buffer.element_size() for buffer in gradients.buffers.values()]
+        assert len(places) == len(set(places)) and all(place % 256 == 0 for place in places)
+
+
 def test_views_are_parts_of_the_buffers_under_hugging_face_names() -> None:
     model, gradients = gradients_of(torch.float32, accumulate=False)
     micro(model, gradients)
