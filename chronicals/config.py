@@ -8,7 +8,7 @@ variables in values, includes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -157,6 +157,23 @@ class TrainConfig(_Strict):
     """Pack several documents into a bin; attention never crosses them."""
     packing_algorithm: Literal["bfd", "ffd"] = "bfd"
     """Best-Fit or First-Fit Decreasing."""
+    # Adapter
+    adapter: Literal["lora"] | None = None
+    """Train thin matrices beside the frozen weights instead of the weights; docs/guide/lora.md."""
+    lora_r: Count | None = None
+    """Rank (default 16 with an adapter)."""
+    lora_alpha: Count | None = None
+    """Adapters are scaled by `lora_alpha / lora_r` (default twice `lora_r`)."""
+    lora_dropout: Share | None = None
+    """Only 0 so far."""
+    lora_target_modules: list[str] | None = None
+    """Linear layers that get adapters, such as `[q_proj, v_proj]`; all where left out."""
+    lora_target_linear: bool | None = None
+    """All linear layers but the head get adapters, whatever `lora_target_modules` says."""
+    peft_use_rslora: bool | None = None
+    """Scale by `lora_alpha / sqrt(lora_r)` instead (rsLoRA)."""
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the B matrices over that of the A matrices (LoRA+; default 1)."""
     # Length of the run
     micro_batch_size: Count = 1
     """Bins in one forward and backward pass."""
@@ -174,7 +191,7 @@ class TrainConfig(_Strict):
     bf16 weights without master, rounded stochastically, and bf16 moments (6). `adamw_8bit`: the same weights and
     blockwise 8-bit moments (4)."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
-    """Peak learning rate."""
+    """Peak learning rate; 2e-4 by default with an adapter."""
     lr_scheduler: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = "linear"
     """What the learning rate does after warm-up; `linear` falls to zero."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -361,11 +378,25 @@ def _fill(values: dict[str, Any], notes: list[str]) -> dict[str, str]:
         choose("eval_strategy", "no", "no evaluation set")
     if values.get("eval_strategy", "epoch") == "epoch":
         choose("evals_per_epoch", 1, "at each epoch's end")
+    if values.get("adapter") is not None:
+        _fill_adapter(values, choose)
     choose("eval_batch_size", values.get("micro_batch_size", 1), "as micro_batch_size")
     if "chat_template_jinja" in values:
         choose("chat_template", "jinja", "chat_template_jinja is given")
     choose("use_wandb", "wandb_project" in values, "wandb_project is given" if "wandb_project" in values else "default")
     return why
+
+
+def _fill_adapter(values: Mapping[str, Any], choose: Callable[[str, Any, str], None]) -> None:
+    """What an adapter is where its keys are left out."""
+    choose("lora_r", 16, "default of an adapter")
+    if isinstance(values["lora_r"], int):
+        choose("lora_alpha", 2 * values["lora_r"], "twice lora_r")
+    choose("lora_dropout", 0.0, "default of an adapter")
+    if not values.get("lora_target_modules"):
+        choose("lora_target_linear", True, "no lora_target_modules")
+    choose("peft_use_rslora", False, "default of an adapter")
+    choose("learning_rate", 2e-4, "default of an adapter")
 
 
 def _yaml_value(value: Any) -> str:

@@ -16,6 +16,7 @@ def check(config: TrainConfig, names: Names, given: set[str]) -> None:
     rules = [
         *_cadence_rules(config, given),
         *_evaluation_rules(config, given),
+        *_adapter_rules(config, given),
         ("fp16", config.fp16 is True and config.bf16 is True, "fp16 and bf16 are both true", "remove one of them"),
         (
             "warmup_ratio",
@@ -87,6 +88,47 @@ def _evaluation_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, b
             config.val_set_size > 0 and config.test_datasets is not None,
             "val_set_size and test_datasets are both given",
             "remove one of them",
+        ),
+    ]
+
+
+def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool, str, str]]:
+    """What an adapter cannot be yet, and what does nothing without one."""
+    return [
+        (
+            "lora_dropout",
+            bool(config.adapter and config.lora_dropout),
+            f"lora_dropout: {config.lora_dropout} is not supported yet",
+            "set `lora_dropout: 0`",
+        ),
+        (
+            "reinit_weights",
+            config.adapter is not None and config.reinit_weights,
+            "an adapter of random weights is of no use: they are not saved with it",
+            "remove reinit_weights or adapter",
+        ),
+        (
+            "lora_target_linear",
+            config.adapter is not None and config.lora_target_linear is False and not config.lora_target_modules,
+            "lora_target_linear is false and there are no lora_target_modules",
+            "name the layers that get adapters in lora_target_modules",
+        ),
+        *(
+            (
+                key,
+                config.adapter is None and key in given and bool(getattr(config, key)),
+                f"{key} does nothing without an adapter",
+                "set `adapter: lora`, or remove it",
+            )
+            for key in (
+                "lora_r",
+                "lora_alpha",
+                "lora_dropout",
+                "lora_target_modules",
+                "lora_target_linear",
+                "peft_use_rslora",
+                "loraplus_lr_ratio",
+            )
         ),
     ]
 
