@@ -8,7 +8,7 @@ variables in values, includes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from chronicals.config_axolotl import ALIASES, NOTES
 from chronicals.config_docs import schema_with_names
 from chronicals.config_names import Names
-from chronicals.config_rules import check
+from chronicals.config_rules import check, fill_adapter
 from chronicals.config_yaml import Source, override, read
 
 Count = Annotated[int, Field(ge=1)]
@@ -379,24 +379,12 @@ def _fill(values: dict[str, Any], notes: list[str]) -> dict[str, str]:
     if values.get("eval_strategy", "epoch") == "epoch":
         choose("evals_per_epoch", 1, "at each epoch's end")
     if values.get("adapter") is not None:
-        _fill_adapter(values, choose)
+        fill_adapter(values, choose)
     choose("eval_batch_size", values.get("micro_batch_size", 1), "as micro_batch_size")
     if "chat_template_jinja" in values:
         choose("chat_template", "jinja", "chat_template_jinja is given")
     choose("use_wandb", "wandb_project" in values, "wandb_project is given" if "wandb_project" in values else "default")
     return why
-
-
-def _fill_adapter(values: Mapping[str, Any], choose: Callable[[str, Any, str], None]) -> None:
-    """What an adapter is where its keys are left out."""
-    choose("lora_r", 16, "default of an adapter")
-    if isinstance(values["lora_r"], int):
-        choose("lora_alpha", 2 * values["lora_r"], "twice lora_r")
-    choose("lora_dropout", 0.0, "default of an adapter")
-    if not values.get("lora_target_modules"):
-        choose("lora_target_linear", True, "no lora_target_modules")
-    choose("peft_use_rslora", False, "default of an adapter")
-    choose("learning_rate", 2e-4, "default of an adapter")
 
 
 def _yaml_value(value: Any) -> str:

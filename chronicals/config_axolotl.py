@@ -115,8 +115,8 @@ NOTES: dict[str, str] = {
     chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy dataloader_num_workers
     dataloader_pin_memory dataloader_prefetch_factor flash_attn_cross_entropy flash_attn_fuse_mlp flash_attn_rms_norm
     liger_cross_entropy liger_fused_linear_cross_entropy liger_glu_activation liger_kernel_config liger_layer_norm
-    liger_rms_norm liger_rope lora_mlp_kernel lora_o_kernel lora_qkv_kernel low_cpu_mem_usage torch_compile torch_compile_backend torch_compile_mode
-    use_liger_kernel
+    liger_rms_norm liger_rope lora_mlp_kernel lora_o_kernel lora_qkv_kernel low_cpu_mem_usage torch_compile
+    torch_compile_backend torch_compile_mode use_liger_kernel
     """.split(),
         _SPEED,
     ),
@@ -179,8 +179,8 @@ UNSUPPORTED: dict[str, str] = {
     kd_temperature kd_trainer kto_desirable_weight kto_undesirable_weight large_head_attention layer_offloading
     liger_use_token_scaling lisa_layers_attribute lisa_n_layers lisa_step_interval llama4_linearized_experts
     llmcompressor lm_eval_tasks load_best_model_at_end local_rank log_level logging_dir logging_first_step
-    logging_strategy lora_alpha_pattern lora_embedding_kernel lora_fan_in_fan_out
-    lora_model_dir lora_on_cpu     lora_rank_pattern lora_target_parameters loraplus_lr_embedding
+    logging_strategy lora_alpha_pattern lora_embedding_kernel lora_fan_in_fan_out lora_model_dir lora_on_cpu
+    lora_rank_pattern lora_target_parameters loraplus_lr_embedding
     loss_watchdog_patience loss_watchdog_threshold lr_div_factor lr_groups lr_quadratic_warmup
     max_memory max_prompt_len mean_resizing_embeddings merge_lora merge_method metric_for_best_model min_sample_len
     mlflow_experiment_name mlflow_run_name mlflow_tracking_uri model_config model_kwargs model_quantization_config

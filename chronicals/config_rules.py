@@ -1,8 +1,9 @@
-"""What values of a config must not be together: each rule names the key to mend, and how."""
+"""What values of a config mean together: what follows from an adapter, and what must not be, with the key to mend."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from chronicals.config_names import Names
 from chronicals.config_yaml import KeyPath
@@ -90,6 +91,18 @@ def _evaluation_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, b
             "remove one of them",
         ),
     ]
+
+
+def fill_adapter(values: Mapping[str, Any], choose: Callable[[str, Any, str], None]) -> None:
+    """What an adapter is where its keys are left out."""
+    choose("lora_r", 16, "default of an adapter")
+    if isinstance(values["lora_r"], int):
+        choose("lora_alpha", 2 * values["lora_r"], "twice lora_r")
+    choose("lora_dropout", 0.0, "default of an adapter")
+    if not values.get("lora_target_modules"):
+        choose("lora_target_linear", True, "no lora_target_modules")
+    choose("peft_use_rslora", False, "default of an adapter")
+    choose("learning_rate", 2e-4, "default of an adapter")
 
 
 def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool, str, str]]:

@@ -159,12 +159,18 @@ def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42) -> None:
         raise UserError(f"no linear layer of the model is a target: {lora.targets}", "see lora_target_modules")
 
 
-def learning_rates(model: Decoder, ratio: float) -> dict[str, float]:
-    """LoRA+ (Hayou et al. 2024): PEFT's name of every B -> its share of the learning rate, `ratio`."""
+def adapter_tensors(model: Decoder, kinds: Sequence[str] = ("lora_A", "lora_B")) -> dict[str, Tensor]:
+    """The live tensors of these kinds of all adapters, by PEFT's names; none where the model has no adapter."""
     found = {
-        f"{path}.lora_B.{target}": b
+        f"{path}.{kind}.{target}": parameter.detach()
         for path, module in model.named_modules()
         if isinstance(module, LoRAProjection)
-        for target, b in module.lora_B.items()
+        for kind in kinds
+        for target, parameter in getattr(module, kind).items()
     }
-    return {name: ratio for name, _ in hf_views(model, found)}
+    return dict(hf_views(model, found))
+
+
+def learning_rates(model: Decoder, ratio: float) -> dict[str, float]:
+    """LoRA+ (Hayou et al. 2024): PEFT's name of every B -> its share of the learning rate, `ratio`."""
+    return dict.fromkeys(adapter_tensors(model, ("lora_B",)), ratio)

@@ -12,13 +12,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from chronicals.adapters.lora import LoRA, add_lora, all_linear, check_targets
+from chronicals.adapters.lora import LoRA, adapter_tensors, add_lora, all_linear, check_targets
 from chronicals.errors import UserError
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
-from chronicals.models.hf import fsync, hf_views
+from chronicals.models.hf import fsync
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # keys of adapter_config.json that change what is computed -> what they hold where they do not
@@ -38,12 +37,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (None,),
     "alora_invocation_tokens": (None,),
 }
-
-
-def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
-    """The live trainable tensors of a model with adapters, by PEFT's names."""
-    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return dict(hf_views(model, trained))
 
 
 def save_adapter(model: Decoder, lora: LoRA, folder: Path, *, base_model: str, revision: str | None = None) -> None:

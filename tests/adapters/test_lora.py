@@ -13,8 +13,16 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
-from chronicals.adapters.lora import LoRA, LoRAProjection, add_lora, all_linear, check_targets, learning_rates
-from chronicals.adapters.peft_files import adapter_tensors, load_adapter, save_adapter
+from chronicals.adapters.lora import (
+    LoRA,
+    LoRAProjection,
+    adapter_tensors,
+    add_lora,
+    all_linear,
+    check_targets,
+    learning_rates,
+)
+from chronicals.adapters.peft_files import load_adapter, save_adapter
 from chronicals.errors import UserError
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views, load_model
