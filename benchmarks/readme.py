@@ -143,7 +143,7 @@ def step_row(work: str, name: str, section: Mapping[str, Any]) -> list[str]:
 
 STEP_HEAD = ["", "tokens/s", "x best peer", "MFU", "GiB", "first step, s", "loss", "gradient norm"]
 STEP_NOTE = (
-    "Tokens/s: median (least to most) of steps timed by the wall, real tokens only; every arm in a process of its own, "
+    "Tokens/s: median (least to most) of steps, real tokens only; every arm in a process of its own, "
     "on the same weights, batches and recipe, after a gate on loss, gradients and moved weights. *MFU*: model FLOPs "
     "(6 a matrix element and token, 7 halves of a causal attention matmul; nothing recomputed counts) over the GPU's "
     "data sheet / over the rate of an 8192^3 matmul in the same run. *GiB* at the peak: tensors / reserved by the "
@@ -160,7 +160,7 @@ def steps(short: bool) -> str:
         names = sorted(green(section) if short else section["arms"], key=is_peer)
         parts.append(f"**{section['title']}**\n\n{table(STEP_HEAD, [step_row(work, name, section) for name in names])}")
         versions = ("torch", "triton", "transformers", "flash-attn-4", "unsloth", "liger-kernel", "trl")
-        where = measured_on(section, *versions)
+        where = f"{measured_on(section, *versions)} Timed {section['clock']}."
         if section["at_once"] > 1:
             where += (
                 f" Up to {section['at_once']} arms started up at once, which slows first steps; each was timed alone."
@@ -209,24 +209,28 @@ def layer_rows(layer: Mapping[str, Any]) -> list[list[str]]:
 
 # The plot
 
-BAR, GAP, LEFT, WIDTH = 18, 6, 210, 760
+BAR, GAP, LEFT, RIGHT, WIDTH = 18, 6, 330, 190, 960
 OURS, THEIRS, TEXT = "#2563eb", "#9ca3af", "#6b7280"  # readable on a light and on a dark page
 
 
 def plot(results: Mapping[str, Any]) -> str:
-    """Bars of tokens/s, a group for each work, as SVG."""
+    """Bars of tokens/s, a group for each work, as SVG; peers that fell short of what they were seen to reach are left
+    out."""
     parts, y = [], 8
     for work, section in results["works"].items():
-        arms = {name: speed(row) for name, row in green(section).items()}
+        arms = {
+            name: speed(row)
+            for name, row in green(section).items()
+            if not (is_peer(name) and misconfigured(work, name, section))
+        }
         if not arms:
             continue
         parts.append(_text(8, y + 13, section["title"], bold=True))
         y += 24
         for name, rate in sorted(arms.items(), key=lambda item: -item[1]):
-            length = (WIDTH - LEFT - 150) * rate / max(arms.values())
+            length = (WIDTH - LEFT - RIGHT) * rate / max(arms.values())
             colour = THEIRS if is_peer(name) else OURS
-            label = re.sub(r"\*\*", "", title(name))
-            parts.append(_text(LEFT - 8, y + 13, label if len(label) < 34 else f"{label[:32]}..", end=True))
+            parts.append(_text(LEFT - 8, y + 13, re.sub(r"\*\*", "", title(name)), end=True))
             parts.append(f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{colour}"/>')
             ratio = against(work, name, section)
             parts.append(

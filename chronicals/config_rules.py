@@ -38,6 +38,12 @@ def check(config: TrainConfig, names: Names, given: set[str]) -> None:
             "remove it, or set `lr_scheduler: warmup_stable_decay`",
         ),
         (
+            "recompute_layers",
+            config.recompute_layers is not None and config.recompute == "light",
+            "recompute_layers does nothing with recompute: light",
+            "remove it, or set `recompute: mlp` or `full`",
+        ),
+        (
             "chat_template_jinja",
             config.chat_template_jinja is not None and config.chat_template != "jinja",
             f"chat_template_jinja is given beside chat_template: {config.chat_template}",

@@ -1,7 +1,7 @@
 """Column sums, the gradient of a bias, against a copy that moves as many bytes as they read.
 
-A training step adds up the partial sums of all its layers in one launch: the target is for one of eight that share a
-reduction ("1 of 8"); one with a reduction of its own is told beside it. Eager is `x.sum(0)`.
+A training step adds up the partial sums of all its layers in one launch: the target is for one of as many as
+Qwen2.5-0.5B has ("1 of 24"); one with a reduction of its own is told beside it. Eager is `x.sum(0)`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.kernels.harness import Arm, Call, Case, relative_error
 from chronicals.kernels.fused.column_sums import column_partials, column_parts, column_sums, reduce_partials
 
 SHAPES = ((16384, 1152), (8192, 6144), (16384, 9728))  # Qwen2.5-0.5B's qkv, an 8B's, Qwen2.5-0.5B's gate-up
-LAYERS = 8  # that share a reduction
+LAYERS = 24  # that share a reduction
 
 
 class StepSums:

@@ -5,13 +5,14 @@ the norm is not zero, every matrix has moved from the checkpoint, and, for our o
 full batch agree with transformers in float32 on the weights as they are after the warm-up. An arm whose gate is red
 gets its reason and no number.
 
-A step is timed by the wall from before its batch leaves the host until the device is idle. Memory is the peak of
+Steps are timed one behind the other, from the end of one on the device to the end of the next. Memory is the peak of
 everything since the arm began to be built, without what the gate took: tensors allocated, what the allocator
 reserved (graphs keep their pools there), and what the device had in use in all.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -126,6 +127,24 @@ def measure(
         return red(error)
 
 
+def timed(arm: Arm, indices: range, device: str) -> list[float]:
+    """Seconds of each of these steps. On a GPU between events behind the steps: nobody waits for the device between
+    them, as no training does, and whatever the host is late with counts."""
+    if device == "cpu":
+        clock = [time.perf_counter()]
+        for index in indices:
+            arm.step(index)
+            clock.append(time.perf_counter())
+        return [end - start for start, end in itertools.pairwise(clock)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(len(indices) + 1)]
+    ends[0].record()
+    for index, end in zip(indices, ends[1:], strict=True):
+        arm.step(index)
+        end.record()
+    synchronize(device)
+    return [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(ends)]
+
+
 def red(error: Exception) -> Row:
     """The row of an arm that failed; its traceback goes to the process's log."""
     traceback.print_exception(error)
@@ -152,15 +171,10 @@ def _measure(
     gradients = arm.check_gradients()
     memory.start()
 
-    seconds = []
     turns.alone()
-    for index in range(work.warmup + 1, work.warmup + 1 + work.timed):
-        start = time.perf_counter()
-        arm.step(index)
-        synchronize(work.device)
-        seconds.append(time.perf_counter() - start)
-        memory.look()
+    seconds = timed(arm, range(work.warmup + 1, work.warmup + 1 + work.timed), work.device)
     turns.done()
+    memory.look()
     last_loss, last_norm = arm.loss(), arm.grad_norm()
     for name, value in (("loss", last_loss), ("gradient norm", last_norm)):
         assert value == value and abs(value) != float("inf") and value > 0, f"the last step's {name} is {value}"

@@ -17,6 +17,8 @@ MAX_GRAD_NORM = 1.0
 BATCHES = 8  # distinct ones, taken in turn
 SEED = 1
 
+CLOCK = "from the end of one step to the end of the next on the device"  # how steps of these works are timed
+
 
 @dataclass(frozen=True)
 class Shape:

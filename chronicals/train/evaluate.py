@@ -30,14 +30,12 @@ def evaluate(
     device = model.head_weight.device
     one = torch.ones(1, device=device)  # instead of grad_scale: the sum, not the mean
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    model.eval()
     for window in loader.windows(0, loader.steps_per_epoch):
         if stop():
             return None
         for batch in window:
             tokens += batch.num_targets
             batch = to_device(batch, device)
-            hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+            hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.token_order)
             total += loss_fn(hidden, model.head_weight, batch.target_rows, batch.targets, one)
-    model.train()
     return Evaluation(float(total) / tokens, tokens)

@@ -119,6 +119,7 @@ class Training:
         self.saved = self.state.step  # the last step that needs no checkpoint: the one resumed from, or step 0
         self.loss_sum = torch.tensor(self.state.loss_sum, device=run.start.device)  # since the last logged row
         self.waiting: Waiting | None = None
+        self.rows_wait = run.start.device.type != "cpu"  # for the next step's launch: to read at once leaves a GPU idle
 
     def run_to_the_end(self) -> TrainResult:
         """Open what a run writes to, train, and close it whatever happens."""
@@ -134,7 +135,11 @@ class Training:
         exit_code = 1
         try:
             with self.display:
-                result = self.train()
+                try:
+                    result = self.train()
+                except (GuardError, torch.OutOfMemoryError):
+                    self.write_waiting()  # of a step before: its verdict, where it has one, names what came first
+                    raise
             self.display.say(result.summary)
             exit_code = result.exit_code
             return result
@@ -162,7 +167,7 @@ class Training:
             self.step(next(windows))
 
     def step(self, window: Sequence[PackedBatch]) -> None:
-        """Train one step and log it where it is due: on a GPU when the next one has been launched."""
+        """Train one step and log it where it is due, or let its row wait."""
         run, state = self.run, self.state
         lr = lr_at(run.schedule, state.step, self.plan.total_steps)
         state.step += 1
@@ -175,7 +180,7 @@ class Training:
         self.write_waiting()  # the row of a step before, while the device is busy with this one
         if self.plan.logs(state.step):
             self.waiting = self.observe(output, lr)
-        if run.start.device.type == "cpu":
+        if not self.rows_wait:
             self.write_waiting()
         run.data.chat.load_soon()  # a save needs it; the start did not wait for it
 

@@ -22,7 +22,7 @@ def test_the_pages_are_what_the_results_say() -> None:
 
 def test_a_number_that_was_typed_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = tmp_path / "README.md"
-    text = readme.README.read_text(encoding="utf-8")
+    text = readme.generated()[readme.README]
     page.write_text(re.sub(r"\d\.\d\dx", "9.99x", text, count=1), encoding="utf-8")
     monkeypatch.setattr(readme, "README", page)
     monkeypatch.setattr(readme, "ROOT", tmp_path)
@@ -44,7 +44,7 @@ WHERE = {
     "versions": {"torch": "2.11.0", "unsloth": None},
     "commit": "0123456789",
     "command": "chronicals bench step",
-    "at_once": 4,
+    "at_once": 4, "clock": "by the wall",
 }
 
 
@@ -88,7 +88,7 @@ def test_steps_are_told_with_ratio_and_reason() -> None:
     assert "| Unsloth | 125,000 (125,000 to 125,000) |  |" in text
     assert (
         "no number" not in text
-        and "NVIDIA H200, torch 2.11.0, commit 0123456, `chronicals bench step`. Up to 4 arms" in text
+        and "NVIDIA H200, torch 2.11.0, commit 0123456, `chronicals bench step`. Timed by the wall. Up to 4 arms" in text
     )
     assert "where a step goes" not in text
 
