@@ -185,6 +185,16 @@ def test_the_frozen_table_and_head_get_no_gradient(folder: Path, monkeypatch: py
     assert opened and not any(vocabulary in shape for shape in opened)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16_sr", "adamw_8bit"])
+def test_bf16_adapters_pass_the_guard(folder: Path, optimizer: str) -> None:
+    config = adapter_config(folder, bf16=True, optimizer=optimizer, max_steps=60, loraplus_lr_ratio=4.0, num_epochs=9)
+    result, _ = helpers.run(config)
+    losses = [row["loss"] for row in helpers.rows(config)]
+    assert result.status == "finished" and sum(losses[-5:]) < sum(losses[:5]) - 1
+    tensors = load_file(folder / "out/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
