@@ -159,7 +159,10 @@ def bench_kernels(
     op: Annotated[list[str] | None, typer.Option("--op", help="Only this kernel; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where the JSON goes.")] = None,
 ) -> int:
-    """Gate, then time every fused kernel; needs a GPU and a clone of the repository."""
+    """Gate, then time every fused kernel.
+
+    Needs a GPU and a clone of the repository.
+    """
     from chronicals.commands.bench import bench_kernels
 
     return bench_kernels(op or (), out)
@@ -169,13 +172,17 @@ def bench_kernels(
 def bench_step(
     work: Annotated[list[str] | None, typer.Option("--work", help="Only this one; may be repeated.")] = None,
     arm: Annotated[list[str] | None, typer.Option("--arm", help="Only this one, ours or a peer.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="For gsm8k: its train.jsonl.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also tell where our step goes.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where the JSON goes.")] = None,
 ) -> int:
-    """Gate, then time whole training steps, ours and our peers'; needs a GPU and a clone of the repository."""
+    """Gate, then time whole training steps.
+
+    Ours and our peers'; needs a GPU and a clone of the repository.
+    """
     from chronicals.commands.bench import bench_step
 
-    return bench_step(work or (), arm or (), out, profile=profile)
+    return bench_step(work or (), arm or (), out, data=data, profile=profile)
 
 
 @bench.command("tune")
@@ -183,7 +190,10 @@ def bench_tune(
     op: Annotated[list[str] | None, typer.Option("--op", help="Only this kernel; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where the JSON goes.")] = None,
 ) -> int:
-    """Search the kernels' launch configurations on this GPU, for the tables in the source; needs a clone."""
+    """Search launch configurations.
+
+    Of the kernels on this GPU, for the tables in the source; needs a clone of the repository.
+    """
     from chronicals.commands.bench import bench_tune
 
     return bench_tune(op or (), out)

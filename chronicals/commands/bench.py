@@ -37,12 +37,19 @@ def bench_kernels(ops: Sequence[str], out: Path | None, *, root: Path | None = N
 
 
 def bench_step(
-    works: Sequence[str], arms: Sequence[str], out: Path | None, *, profile: bool = False, root: Path | None = None
+    works: Sequence[str],
+    arms: Sequence[str],
+    out: Path | None,
+    *,
+    data: Path | None = None,
+    profile: bool = False,
+    root: Path | None = None,
 ) -> int:
     """Time a whole training step of `arms` on `works` (none: all) and return the exit code, as `bench_kernels` does.
 
     Args:
         out: where the JSON goes; None: `benchmarks/results/step.json`.
+        data: the train.jsonl that `gsm8k` needs.
         profile: tell where our step goes, too.
         root: the clone; None: where this package lies.
 
@@ -50,6 +57,8 @@ def bench_step(
         UserError: this is an installed wheel. A work or arm that does not exist is the runner's to tell.
     """
     flags = ["--profile"] if profile else []
+    if data is not None:
+        flags += ["--data", str(data.absolute())]
     return _run("benchmarks.step.run", {"--work": works, "--arm": arms}, flags, out, _clone(root))
 
 

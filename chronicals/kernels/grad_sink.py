@@ -1,7 +1,7 @@
 """Where a weight's gradient goes: into buffers of our own, or back to autograd.
 
-Whoever computes a weight gradient by hand (projections, norms, the loss head) asks the model's one sink, chosen when
-the model is built:
+Whoever computes a weight gradient by hand (projections, norms, the loss head) asks the model's one sink, `Autograd`
+until a trainer sets another:
 
     buffer, add = sink.open(parameter)
     matmul_into(buffer, add, d_out.t(), x)      # or vector_into
@@ -76,7 +76,8 @@ class InPlace:
     Args:
         buffers: parameter -> its buffer, of its shape, float32 or the parameter's dtype; float32 where `accumulate`.
         accumulate: a step has several micro-batches.
-        flat: (N,) what all 16-bit buffers are views of, where they are: lent as scratch.
+        flat: (N,) what all 16-bit buffers are views of, where they are: lent as scratch. None with `accumulate`, where
+            nothing may be lent.
         stacks: vectors whose parts are added up by `finish`, which ends a micro-batch then.
 
     Raises:
@@ -97,6 +98,7 @@ class InPlace:
         for parameter, buffer in buffers.items():
             assert buffer.shape == parameter.shape, f"a buffer {tuple(buffer.shape)} for {tuple(parameter.shape)}"
             assert buffer.dtype == torch.float32 or not accumulate, f"many micro-batches add up in {buffer.dtype}"
+        assert flat is None or not accumulate, "what adds up is never free"
         self.buffers, self.accumulate, self.flat = buffers, accumulate, flat
         self._stacks = {parameter: stack for stack in stacks for parameter in stack.places}
         self._waiting: dict[Stack, None] = {}  # in the order in which they came
@@ -104,6 +106,7 @@ class InPlace:
         self.reached: set[Tensor] = set()  # ever
 
     def start(self) -> None:
+        assert not self._waiting, "the micro-batch before was not ended by `finish`: parts of its gradients are lost"
         self.written.clear()
 
     def open(self, parameter: Tensor) -> tuple[Tensor, bool]:
@@ -119,6 +122,7 @@ class InPlace:
         stack = self._stacks.get(parameter)
         if stack is None:
             return None
+        assert parameter not in self.written, "a second set of parts would overwrite the first"
         self.written.add(parameter)
         self.reached.add(parameter)
         self._waiting[stack] = None
@@ -133,7 +137,7 @@ class InPlace:
 
     def scratch(self, parameter: Tensor) -> Tensor | None:
         """Space of gradients that come later. The head is the first to write, when activations fill the memory."""
-        if self.flat is None or self.accumulate or self.written - {parameter}:
+        if self.flat is None or self.written - {parameter}:
             return None
         own = self.buffers[parameter]
         start = (own.data_ptr() - self.flat.data_ptr()) // self.flat.element_size()
@@ -204,11 +208,11 @@ class WeightGradients:
         return self.sink.partials(parameter, parts) if parameter.requires_grad else None
 
     def sum(self, parameter: Tensor, partials: Tensor, reduce: Reduce) -> None:
-        """The sum of `partials` (parts, N) is its gradient; `reduce` is the ops' `reduce_partials`."""
-        if parameter.requires_grad:
-            buffer, add = self.sink.open(parameter)
-            reduce(partials, buffer.dtype, out=buffer, add=add)
-            self._returned[parameter] = self.sink.close(parameter, buffer)
+        """The sum of `partials` (parts, N) is the gradient of `parameter`, which is not frozen: nobody makes parts for
+        one that is. `reduce` is the ops' `reduce_partials`."""
+        buffer, add = self.sink.open(parameter)
+        reduce(partials, buffer.dtype, out=buffer, add=add)
+        self._returned[parameter] = self.sink.close(parameter, buffer)
 
     def of(self, parameters: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
         """What an autograd function returns for them; None where there is nothing to return."""

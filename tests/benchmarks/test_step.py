@@ -262,7 +262,7 @@ def test_the_command_line_reaches_the_command(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(bench, "bench_step", lambda *a, **k: asked.append((a, k)) or 1)
     out = str(tmp_path / "out.json")
     assert cli.run(["bench", "step", "--work", "full05", "--arm", "ours", "--profile", "--out", out]) == 1
-    assert asked == [((["full05"], ["ours"], Path(out)), {"profile": True})]
+    assert asked == [((["full05"], ["ours"], Path(out)), {"data": None, "profile": True})]
 
 
 NUMBERS: dict[str, Any] = {

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.kernels import run
 from benchmarks.kernels.harness import Case, Timing, assert_no_worse, relative_error
+from chronicals import cli
 from chronicals.commands import bench
 from chronicals.errors import UserError
 
@@ -33,6 +34,27 @@ def test_the_runner_gets_the_ops_and_the_file(monkeypatch: pytest.MonkeyPatch, t
         *("--out", str(tmp_path / "out.json")),
     ]
     assert (cwd / "benchmarks" / "kernels" / "run.py").is_file()
+
+
+def test_bench_step_hands_on_its_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    def spawned(command: list[str], *, cwd: Path) -> SimpleNamespace:
+        asked.append(command[1:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(bench.subprocess, "run", spawned)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["bench", "step", "--work", "gsm8k", "--data", "train.jsonl"]) == 0
+    data = str(tmp_path / "train.jsonl")
+    assert asked == [["-m", "benchmarks.step.run", "--work", "gsm8k", "--data", data]]
+
+
+def test_the_list_of_benchmarks_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "--help"]) == 0
+    listed = capsys.readouterr().out.split("Commands:")[1]
+    assert "step     Gate, then time whole training steps." in listed
+    assert "..." not in listed
 
 
 def test_a_wheel_has_no_benchmarks(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chronicals.kernels.grad_sink import Autograd, GradSink, InPlace, matmul_into, vector_into
+from chronicals.kernels.column_sums import reduce_partials
+from chronicals.kernels.grad_sink import Autograd, GradSink, InPlace, Stack, matmul_into, vector_into
 from tests.kernels.numerics import nan_filled_memory, relative_error
 
 
@@ -92,6 +93,24 @@ def test_many_micro_batches_need_float32() -> None:
         InPlace({weight: torch.zeros_like(weight)}, accumulate=True)
 
 
+def test_parts_of_alike_vectors_lie_together_and_are_added_up_once() -> None:
+    first, second = (nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)) for _ in range(2))
+    out = torch.full((2, 3), float("nan"))
+    sink = InPlace(dict(zip((first, second), out, strict=True)), accumulate=False, stacks=[Stack([first, second], out)])
+    for parts in (2, 5):  # another T, other parts
+        sink.start()
+        for factor, parameter in ((10, second), (1, first)):
+            place = sink.partials(parameter, parts)
+            assert place is not None and (place.shape, place.dtype) == ((parts, 3), torch.float32)
+            place.fill_(factor)
+        sink.finish(reduce_partials)
+        assert out.tolist() == [[parts] * 3, [10 * parts] * 3]
+        out.fill_(0.0)
+        sink.finish(reduce_partials)
+        assert (out == 0).all(), "nothing came since"
+    assert sink.partials(nn.Parameter(torch.zeros(3)), 2) is None, "it has no like"
+
+
 def test_scratch_is_room_of_gradients_that_come_later() -> None:
     head, other = (nn.Parameter(torch.zeros(n, 8, dtype=torch.bfloat16)) for n in (4, 30))
     flat = torch.zeros(8 * 34 + 128, dtype=torch.bfloat16)
@@ -100,6 +119,7 @@ def test_scratch_is_room_of_gradients_that_come_later() -> None:
     sink.open(head)
     scratch = sink.scratch(head)
     assert scratch is not None and (scratch.shape, scratch.dtype) == (head.shape, torch.float32)
+    assert scratch.data_ptr() % 256 == 0, "kernels were compiled for this alignment"
     scratch.fill_(1.0)
     assert flat[:32].abs().sum() == 0, "its own gradient is no scratch"
     assert flat[32:].abs().sum() > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chronicals.kernels.grad_sink import InPlace
+from chronicals.kernels.ops import REFERENCE
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.layer import MLPHalf, MLPSaved, Recompute, Stream
@@ -102,6 +104,28 @@ def test_a_frozen_weight_is_never_asked_of_the_sink(name: str) -> None:
         loss_of(model).backward()
         assert_equal(others, {key: expected[key] for key in others})
         model.get_parameter(frozen).requires_grad_(True)
+
+
+def test_a_frozen_vector_costs_no_pass_for_its_gradient() -> None:
+    asked: list[bool] = []
+    widths: list[int] = []
+
+    def sums(x: Tensor, **options: Any) -> Tensor:
+        widths.append(x.shape[1])
+        return REFERENCE.column_partials(x, **options)
+
+    def watched(*args: Any, weight_grad: bool, **options: Any) -> tuple[Tensor, Tensor | None]:
+        asked.append(weight_grad)
+        return REFERENCE.rmsnorm_backward(*args, weight_grad=weight_grad, **options)
+
+    ops = replace(REFERENCE, rmsnorm_backward=watched, column_partials=sums)
+    model = Decoder(ModelConfig.from_hf(SIZES | MODELS["biases everywhere"]), ops)
+    model.init_weights(0)
+    model.layers[1].input_layernorm.weight.requires_grad_(False)
+    model.layers[1].mlp.gate_up_proj.bias.requires_grad_(False)
+    gradients(model)
+    assert asked == [True, True, False, True, True], "from the last norm to the first"
+    assert widths == [8, 8, 32, 8, 24, 8, 32], "down, o, qkv of the last layer, then all of the first"
 
 
 def assert_equal(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from chronicals.models.config import ModelConfig
@@ -42,13 +43,16 @@ def gradients_of(dtype: torch.dtype, *, accumulate: bool) -> tuple[Decoder, Grad
     return model, Gradients(model, dict(model.named_parameters()), accumulate=accumulate)
 
 
-def test_equal_to_autograds() -> None:
-    """Ties included: the head writes, the embedding adds."""
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_equal_to_autograds(accumulate: bool) -> None:
+    """Ties included: the head writes, the embedding adds. The second micro-batch writes over the first, or adds."""
     plain = model_of(torch.float32)
     micro(plain)
-    model, gradients = gradients_of(torch.float32, accumulate=False)
-    for _ in range(2):  # the second writes over the first
+    model, gradients = gradients_of(torch.float32, accumulate=accumulate)
+    for count in range(2):
         micro(model, gradients)
+        if accumulate and count:
+            micro(plain)
         for name, parameter in plain.named_parameters():
             torch.testing.assert_close(gradients.buffers[name], parameter.grad, rtol=1e-5, atol=1e-7)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -99,6 +103,21 @@ def test_frozen_layers_between() -> None:
     for name, parameter in plain.named_parameters():
         if name in names:
             torch.testing.assert_close(gradients.buffers[name], parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_micro_batch_that_is_not_ended_is_no_quiet_loss() -> None:
+    """Norms and biases would keep the gradient of the step before."""
+    model, _ = gradients_of(torch.float32, accumulate=False)
+    micro(model)
+    with pytest.raises(AssertionError, match="not ended by `finish`"):
+        micro(model)
+
+
+def test_a_vector_that_two_layers_share_is_no_quiet_loss() -> None:
+    model, gradients = gradients_of(torch.float32, accumulate=False)
+    model.layers[0].input_layernorm.weight = model.layers[1].input_layernorm.weight
+    with pytest.raises(AssertionError, match="a second set of parts"):
+        micro(model, gradients)
 
 
 def test_a_weight_that_is_frozen_later_is_missing() -> None:

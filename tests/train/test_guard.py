@@ -19,7 +19,8 @@ from chronicals.data.documents import Documents
 from chronicals.data.loader import Loader
 from chronicals.errors import GuardError
 from chronicals.kernels.ops import REFERENCE
-from chronicals.train import setup
+from chronicals.train import setup, trainer
+from chronicals.train.evaluate import Evaluation
 from chronicals.train.guard import Guard
 from chronicals.train.trainer import Training
 from tests.train import helpers
@@ -90,7 +91,17 @@ def test_gradient_that_stays_zero(folder: Path, monkeypatch: pytest.MonkeyPatch,
     message = stopped(folder, max_steps=max_steps, weight_decay=0.1)  # which moves the weights all the same
     assert message.startswith(f"step {seen_at}: the gradient of model.layers.1.post_attention_layernorm.weight, ")
     assert f"was exactly zero in each of {seen_at} steps" in message
+    assert not (folder / "out" / f"checkpoint-{seen_at}").exists()
     assert "self_attn" not in message
+
+
+def test_a_run_that_stops_early_is_judged_as_a_short_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sabotage(monkeypatch, zeroed)
+    losses = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: Evaluation(next(losses), 7))
+    message = stopped(folder, max_steps=9, eval_steps=1, val_set_size=10, early_stopping_patience=2)
+    assert message.startswith("step 2: the gradient of model.layers.1.post_attention_layernorm.weight, ")
+    assert not (folder / "out" / "model.safetensors").exists()
 
 
 def test_one_part_of_a_fused_weight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def poison_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 @pytest.mark.usefixtures("rows_wait")
 def test_a_row_is_written_behind_the_next_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, seen, call = config_of(folder, "out"), [], Step.__call__
+    config, seen, call = config_of(folder, "out", save_strategy="no"), [], Step.__call__
 
     def watched(self: Step, *args: Any) -> StepOutput:
         seen.append(logged(config))
