@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from chronicals.config_axolotl import ALIASES, NOTES
 from chronicals.config_docs import schema_with_names
 from chronicals.config_names import Names
-from chronicals.config_rules import check
+from chronicals.config_rules import check, fill_adapter
 from chronicals.config_yaml import Source, override, read
 
 Count = Annotated[int, Field(ge=1)]
@@ -157,6 +157,23 @@ class TrainConfig(_Strict):
     """Pack several documents into a bin; attention never crosses them."""
     packing_algorithm: Literal["bfd", "ffd"] = "bfd"
     """Best-Fit or First-Fit Decreasing."""
+    # Adapter
+    adapter: Literal["lora"] | None = None
+    """Train thin matrices beside the frozen weights instead of the weights; docs/guide/lora.md."""
+    lora_r: Count | None = None
+    """Rank (default 16 with an adapter)."""
+    lora_alpha: Count | None = None
+    """Adapters are scaled by `lora_alpha / lora_r` (default twice `lora_r`)."""
+    lora_dropout: Share | None = None
+    """Only 0 so far."""
+    lora_target_modules: list[str] | None = None
+    """Linear layers that get adapters, such as `[q_proj, v_proj]`; all where left out."""
+    lora_target_linear: bool | None = None
+    """All linear layers but the head get adapters, whatever `lora_target_modules` says."""
+    peft_use_rslora: bool | None = None
+    """Scale by `lora_alpha / sqrt(lora_r)` instead (rsLoRA)."""
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the B matrices over that of the A matrices (LoRA+; default 1)."""
     # Length of the run
     micro_batch_size: Count = 1
     """Bins in one forward and backward pass."""
@@ -174,7 +191,7 @@ class TrainConfig(_Strict):
     bf16 weights without master, rounded stochastically, and bf16 moments (6). `adamw_8bit`: the same weights and
     blockwise 8-bit moments (4)."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
-    """Peak learning rate."""
+    """Peak learning rate; 2e-4 by default with an adapter."""
     lr_scheduler: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = "linear"
     """What the learning rate does after warm-up; `linear` falls to zero."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -361,6 +378,8 @@ def _fill(values: dict[str, Any], notes: list[str]) -> dict[str, str]:
         choose("eval_strategy", "no", "no evaluation set")
     if values.get("eval_strategy", "epoch") == "epoch":
         choose("evals_per_epoch", 1, "at each epoch's end")
+    if values.get("adapter") is not None:
+        fill_adapter(values, choose)
     choose("eval_batch_size", values.get("micro_batch_size", 1), "as micro_batch_size")
     if "chat_template_jinja" in values:
         choose("chat_template", "jinja", "chat_template_jinja is given")

@@ -68,6 +68,7 @@ KNOWN_VALUES: dict[str, frozenset[str]] = {
     stable_adamw
     """.split()
     ),
+    "adapter": frozenset(["qlora", "llama-adapter"]),
     "lr_scheduler": frozenset(
         """
     cosine_warmup_with_min_lr cosine_with_min_lr cosine_with_restarts greedy inverse_sqrt log_sweep one_cycle
@@ -114,8 +115,8 @@ NOTES: dict[str, str] = {
     chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy dataloader_num_workers
     dataloader_pin_memory dataloader_prefetch_factor flash_attn_cross_entropy flash_attn_fuse_mlp flash_attn_rms_norm
     liger_cross_entropy liger_fused_linear_cross_entropy liger_glu_activation liger_kernel_config liger_layer_norm
-    liger_rms_norm liger_rope low_cpu_mem_usage torch_compile torch_compile_backend torch_compile_mode
-    use_liger_kernel
+    liger_rms_norm liger_rope lora_mlp_kernel lora_o_kernel lora_qkv_kernel low_cpu_mem_usage torch_compile
+    torch_compile_backend torch_compile_mode use_liger_kernel
     """.split(),
         _SPEED,
     ),
@@ -126,11 +127,14 @@ SPEED_PLUGINS = frozenset(
     f"axolotl.integrations.{name}" for name in ("liger.LigerPlugin", "cut_cross_entropy.CutCrossEntropyPlugin")
 )
 
-_LATER = "it is planned; remove the key, or set it to null, to train every weight in 32 or 16 bits on one device"
+_LATER = "it is planned; remove the key, or set it to null, to train in 32 or 16 bits on one device"
+
+_ADAPTER_LATER = "it is planned; remove the key, or set it to null, for plain LoRA"
 
 # Known, and an error unless null or false: key -> how to mend, "" for the plain answer.
 UNSUPPORTED: dict[str, str] = {
-    "adapter": _LATER,
+    "peft_use_dora": _ADAPTER_LATER,
+    "lora_modules_to_save": _ADAPTER_LATER,
     "load_in_4bit": _LATER,
     "load_in_8bit": _LATER,
     "deepspeed": _LATER,
@@ -175,17 +179,16 @@ UNSUPPORTED: dict[str, str] = {
     kd_temperature kd_trainer kto_desirable_weight kto_undesirable_weight large_head_attention layer_offloading
     liger_use_token_scaling lisa_layers_attribute lisa_n_layers lisa_step_interval llama4_linearized_experts
     llmcompressor lm_eval_tasks load_best_model_at_end local_rank log_level logging_dir logging_first_step
-    logging_strategy lora_alpha lora_alpha_pattern lora_dropout lora_embedding_kernel lora_fan_in_fan_out
-    lora_mlp_kernel lora_model_dir lora_modules_to_save lora_o_kernel lora_on_cpu lora_qkv_kernel lora_r
-    lora_rank_pattern lora_target_linear lora_target_modules lora_target_parameters loraplus_lr_embedding
-    loraplus_lr_ratio loss_watchdog_patience loss_watchdog_threshold lr_div_factor lr_groups lr_quadratic_warmup
+    logging_strategy lora_alpha_pattern lora_embedding_kernel lora_fan_in_fan_out lora_model_dir lora_on_cpu
+    lora_rank_pattern lora_target_parameters loraplus_lr_embedding
+    loss_watchdog_patience loss_watchdog_threshold lr_div_factor lr_groups lr_quadratic_warmup
     max_memory max_prompt_len mean_resizing_embeddings merge_lora merge_method metric_for_best_model min_sample_len
     mlflow_experiment_name mlflow_run_name mlflow_tracking_uri model_config model_kwargs model_quantization_config
     model_quantization_config_kwargs mora multipack_real_batches neftune_noise_alpha noisy_embedding_alpha
     num_dataset_shards_to_save num_generation_samples num_labels optim_args optim_target_modules orpo_alpha
     otel_metrics_host otel_metrics_port overrides_of_model_config overrides_of_model_kwargs pad_to_multiple_of peft
     peft_autocast_adapter_dtype peft_ensure_weight_tying peft_init_lora_weights peft_layer_replication
-    peft_layers_pattern peft_layers_to_transform peft_trainable_token_indices peft_use_dora peft_use_rslora plugins
+    peft_layers_pattern peft_layers_to_transform peft_trainable_token_indices plugins
     pose_max_context_len pose_num_chunks pose_split_on_token_ids precompute_ref_log_probs preprocess_iterable
     pretrain_multipack_attn pretrain_multipack_buffer_size pretraining_sample_concatenation process_reward_model
     processor_kwargs processor_type profiler_steps profiler_steps_start push_dataset_to_hub qat

@@ -1,8 +1,9 @@
-"""What values of a config must not be together: each rule names the key to mend, and how."""
+"""What values of a config mean together: what follows from an adapter, and what must not be, with the key to mend."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from chronicals.config_names import Names
 from chronicals.config_yaml import KeyPath
@@ -16,6 +17,7 @@ def check(config: TrainConfig, names: Names, given: set[str]) -> None:
     rules = [
         *_cadence_rules(config, given),
         *_evaluation_rules(config, given),
+        *_adapter_rules(config, given),
         ("fp16", config.fp16 is True and config.bf16 is True, "fp16 and bf16 are both true", "remove one of them"),
         (
             "warmup_ratio",
@@ -93,6 +95,59 @@ def _evaluation_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, b
             config.val_set_size > 0 and config.test_datasets is not None,
             "val_set_size and test_datasets are both given",
             "remove one of them",
+        ),
+    ]
+
+
+def fill_adapter(values: Mapping[str, Any], choose: Callable[[str, Any, str], None]) -> None:
+    """What an adapter is where its keys are left out."""
+    choose("lora_r", 16, "default of an adapter")
+    if isinstance(values["lora_r"], int):
+        choose("lora_alpha", 2 * values["lora_r"], "twice lora_r")
+    choose("lora_dropout", 0.0, "default of an adapter")
+    if not values.get("lora_target_modules"):
+        choose("lora_target_linear", True, "no lora_target_modules")
+    choose("peft_use_rslora", False, "default of an adapter")
+    choose("learning_rate", 2e-4, "default of an adapter")
+
+
+def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool, str, str]]:
+    """What an adapter cannot be yet, and what does nothing without one."""
+    return [
+        (
+            "lora_dropout",
+            bool(config.adapter and config.lora_dropout),
+            f"lora_dropout: {config.lora_dropout} is not supported yet",
+            "set `lora_dropout: 0`",
+        ),
+        (
+            "reinit_weights",
+            config.adapter is not None and config.reinit_weights,
+            "an adapter of random weights is of no use: they are not saved with it",
+            "remove reinit_weights or adapter",
+        ),
+        (
+            "lora_target_linear",
+            config.adapter is not None and config.lora_target_linear is False and not config.lora_target_modules,
+            "lora_target_linear is false and there are no lora_target_modules",
+            "name the layers that get adapters in lora_target_modules",
+        ),
+        *(
+            (
+                key,
+                config.adapter is None and key in given and bool(getattr(config, key)),
+                f"{key} does nothing without an adapter",
+                "set `adapter: lora`, or remove it",
+            )
+            for key in (
+                "lora_r",
+                "lora_alpha",
+                "lora_dropout",
+                "lora_target_modules",
+                "lora_target_linear",
+                "peft_use_rslora",
+                "loraplus_lr_ratio",
+            )
         ),
     ]
 

@@ -177,7 +177,35 @@ ERRORS = [
     ("per_device_batch_size: 1", "c.yaml:4: unknown key 'per_device_batch_size'; did you mean "),
     ("qwertz: 1", "c.yaml:4: unknown key 'qwertz'; docs/guide/config.md lists every key"),
     ("1: 2", "c.yaml:4: unknown key 1; docs/guide"),
-    ("\n\nadapter: lora", "c.yaml:6: adapter is known but not supported; it is planned"),
+    ("\n\nadapter: qlora", "c.yaml:6: adapter: qlora is known but not supported; use lora"),
+    ("adapter: lroa", "c.yaml:4: adapter must be lora, not 'lroa'; did you mean 'lora'?"),
+    (
+        "adapter: lora\nlora_dropout: 0.05",
+        "c.yaml:5: lora_dropout: 0.05 is not supported yet; set `lora_dropout: 0`",
+    ),
+    ("adapter: lora\npeft_use_dora: true", "c.yaml:5: peft_use_dora is known but not supported; it is planned; remove"),
+    (
+        "adapter: lora\nlora_modules_to_save: [embed_tokens]",
+        "c.yaml:5: lora_modules_to_save is known but not supported; it is planned; remove the key",
+    ),
+    ("adapter: lora\nlora_r: 0", "c.yaml:5: lora_r must be a whole number of at least 1, not 0"),
+    ("adapter: lora\nlora_r: x", "c.yaml:5: lora_r must be a whole number of at least 1, not 'x'"),
+    (
+        "adapter: lora\nlora_target_linear: false",
+        "c.yaml:5: lora_target_linear is false and there are no lora_target_modules; name the layers",
+    ),
+    ("adapter: lora\nreinit_weights: true", "c.yaml:5: an adapter of random weights is of no use"),
+    *(
+        (f"{key}: {value}", f"c.yaml:4: {key} does nothing without an adapter; set `adapter: lora`, or remove it")
+        for key, value in [
+            ("lora_r", 8),
+            ("lora_alpha", 16),
+            ("lora_target_modules", "[q_proj]"),
+            ("lora_target_linear", "true"),
+            ("peft_use_rslora", "true"),
+            ("loraplus_lr_ratio", 16),
+        ]
+    ),
     ("load_in_4bit: true", "c.yaml:4: load_in_4bit is known but not supported"),
     ("fp16: true\nbf16: true", "c.yaml:4: fp16 and bf16 are both true; remove one of them"),
     ("trust_remote_code: true", "c.yaml:4: trust_remote_code is known but not supported; no code from a repository"),
@@ -308,7 +336,7 @@ def test_an_override_wins_under_either_name(load) -> None:
         ("base_model.x=1", "base_model.x=1: base_model is 'm', with nothing inside to set; set the whole of it"),
         ("eval_steps=5", "eval_steps=5: eval_steps needs an evaluation set; set val_set_size or test_datasets"),
         ("seed=[", "seed=[: not YAML: expected the node content"),
-        ("adapter=lora", "adapter=lora: adapter is known but not supported"),
+        ("lora_r=8", "lora_r=8: lora_r does nothing without an adapter"),
         ("special_tokens={a: 1, a: 2}", "special_tokens={a: 1, a: 2}: key 'a' is given twice; remove one of them"),
         ("seed", "override 'seed' is not key=value; write for example learning_rate=1e-4 or"),
         ("=1", "override '=1' is not key=value"),
@@ -434,13 +462,29 @@ def test_python_goes_the_same_way() -> None:
         config.seed = 3  # type: ignore[misc]
 
 
+def test_an_adapter_fills_in_what_it_needs() -> None:
+    def built(**values: Any) -> TrainConfig:
+        return TrainConfig(base_model="m", datasets=[{"path": "x"}], **values)
+
+    config = built(adapter="lora")
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout, config.peft_use_rslora) == (16, 32, 0.0, False)
+    assert config.lora_target_linear is True and config.learning_rate == 2e-4
+    assert config.chosen["learning_rate"] == "0.0002 (default of an adapter)"
+    assert config.chosen["lora_alpha"] == "32 (twice lora_r)"
+    given = {"lora_r": 8, "lora_alpha": 4, "learning_rate": 1e-5, "lora_target_modules": ["q_proj"]}
+    config = built(adapter="lora", **given)
+    assert {key: getattr(config, key) for key in given} == given and config.lora_target_linear is None
+    assert built(lora_r=None, lora_dropout=0.0, lora_target_linear=False).learning_rate == 2e-5
+    assert built(adapter="lora", lora_qkv_kernel=True).notes[0].startswith("lora_qkv_kernel has no effect: ")
+
+
 def test_the_schema_admits_what_load_does() -> None:
     schema = TrainConfig.json_schema()
     assert schema["additionalProperties"] is False
     assert schema["required"] == ["datasets"]
     assert {"base_model", "per_device_train_batch_size", "tf32"} <= set(schema["properties"])
     assert schema["properties"]["learning_rate"]["default"] == 2e-5
-    assert schema["properties"]["learning_rate"]["description"] == "Peak learning rate."
+    assert schema["properties"]["learning_rate"]["description"].startswith("Peak learning rate;")
     assert all(value.get("description") for value in schema["properties"].values())
     assert set(schema["$defs"]) == {"DatasetEntry", "SpecialTokens"}
 

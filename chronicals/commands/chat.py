@@ -6,12 +6,14 @@ Left out: our own sampling loop. What is tried here must be what was saved, load
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 from chronicals.errors import UserError
 
+ADAPTER_FILE = "adapter_config.json"
 FAREWELL = "Ctrl-D ends, /new starts a new conversation."
 
 
@@ -54,8 +56,9 @@ def model_folder(folder: str) -> Path:
     path = Path(folder)
     if not path.is_dir():
         return resolve(folder)
-    if not (path / "config.json").is_file():
-        checkpoints = sorted(path.glob("checkpoint-*/config.json"), key=lambda p: int(p.parent.name.split("-")[-1]))
+    if not ((path / "config.json").is_file() or (path / ADAPTER_FILE).is_file()):
+        saved = [file for name in ("config.json", ADAPTER_FILE) for file in path.glob(f"checkpoint-*/{name}")]
+        checkpoints = sorted(saved, key=lambda p: int(p.parent.name.split("-")[-1]))
         if checkpoints:
             mend = f"try its last checkpoint: chronicals chat {checkpoints[-1].parent}"
             raise UserError("the run has no final model yet", mend, file=path)
@@ -73,6 +76,8 @@ class Partner:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        if (path / ADAPTER_FILE).is_file() and importlib.util.find_spec("peft") is None:
+            raise UserError("this is an adapter, which transformers loads with peft", "pip install peft", file=path)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")

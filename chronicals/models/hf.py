@@ -34,6 +34,8 @@ _INDEX = "model.safetensors.index.json"
 # by name: some repositories hold the weights twice, in their maker's own layout too
 DOWNLOADS = (_CONFIG, "generation_config.json", "model*.safetensors", _INDEX)
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+# a thin matrix of an adapter, by our name: its block, which one it is, the Hugging Face module it belongs to
+_ADAPTER = re.compile(r"(.+)\.\w+\.(lora_[AB])\.(\w+)")
 # old checkpoints store what is computed anyway
 _HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
 
@@ -105,10 +107,15 @@ def hf_views(model: Decoder, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
         tensors: weights, gradients or optimizer states by our parameter names.
 
     Yields:
-        (Hugging Face name, view): a fused tensor comes apart into its parts; a tied head is not repeated.
+        (Hugging Face name, view): a fused tensor comes apart into its parts; a tied head is not repeated. An adapter's
+        tensors have PEFT's names: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight.
     """
     table = FAMILIES[model.config.family].tensors
     for name, tensor in tensors.items():
+        if adapter := _ADAPTER.fullmatch(name):
+            block, kind, module = adapter.groups()
+            yield f"base_model.model.model.{block}.{module}.{kind}.weight", tensor
+            continue
         layer = re.search(r"\.(\d+)\.", name)
         index = layer.group(1) if layer else ""
         parts = table[name.replace(f".{index}.", ".{i}.", 1) if layer else name]

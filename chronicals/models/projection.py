@@ -1,6 +1,6 @@
 """Linear maps of the decoder, as one class with one seam: whatever multiplies by a weight goes through a projection.
 
-A plain projection holds its weight as it is. LoRA, NF4 and FP8 projections replace the class when the model is built;
+A plain projection holds its weight as it is. A LoRA projection takes its place in a built model (adapters/lora.py);
 the layers do not know which one they run. Forward and backward are methods without autograd: the layer halves call
 them from autograd functions of their own (see layer.py).
 """

@@ -8,6 +8,9 @@ A checkpoint is a model folder (weights, config.json, generation_config.json, to
     trainer_state.json      progress, what may not change, the size of every file, the digest of every tensor
     config.yaml             as run
 
+A run that trains an adapter has PEFT's two files, adapter_config.json and adapter_model.safetensors, in place of
+weights and config.json; the digests of the weights left out see to it that it goes on beside the same ones.
+
 It is written into `checkpoint-N.tmp`, each file and folder is forced to disk, the weights are read back and compared
 with the live ones by digest, and only then does the folder get its name. Left out: asynchronous saving.
 """
@@ -29,10 +32,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chronicals import __version__
+from chronicals.adapters.lora import adapter_tensors
+from chronicals.adapters.peft_files import save_adapter
 from chronicals.data.tokenizer import ChatTokenizer
 from chronicals.errors import UserError
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import fsync, hf_views, save_model
+from chronicals.train.adapter import Adapter
 from chronicals.train.digest import digests
 from chronicals.train.loss_scale import LossScale
 from chronicals.train.state import DAMAGED_MEND, load_state
@@ -59,6 +65,7 @@ class Parts:
     chat: ChatTokenizer
     generation_config: dict[str, Any]  # the base model's
     config_yaml: str
+    adapter: Adapter | None = None  # what is saved in place of the model
 
 
 class Checkpoints:
@@ -123,28 +130,36 @@ def aside(final: Path) -> Iterator[Path]:
 
 def write_model(folder: Path, parts: Parts) -> dict[str, str]:
     """The model folder that transformers loads, read back and compared; returns the digest of every weight."""
-    digests = _write_weights(folder, parts, dict(hf_views(parts.model, dict(parts.model.named_parameters()))))
+    tensors = _saved(parts.model)
+    digests = _write_weights(folder, parts, tensors)
     _write_tokenizer(folder, parts)
-    return digests
+    frozen = {name: view for name, view in _weights(parts.model).items() if name not in tensors}
+    return digests | dict(zip(frozen, _hex(list(frozen.values())), strict=True)) if frozen else digests
 
 
 def try_save(output_dir: Path, parts: Parts) -> None:
     """Save a model and throw it away: what would fail after hours of training fails before the first step.
 
     Of the weights only the vectors are written, the same way as all will be: `check_disk` knows whether the rest fits,
-    and a start does not wait for it. A tokenizer that is only remembered was saved like this when it was loaded.
+    and a start does not wait for it; an adapter is small and written whole. A tokenizer that is only remembered was
+    saved like this when it was loaded.
     """
-    views = hf_views(parts.model, dict(parts.model.named_parameters()))
+    tensors = {name: view for name, view in _saved(parts.model).items() if parts.adapter or view.ndim == 1}
     with aside(output_dir / _TEST_SAVE) as folder:
-        _write_weights(folder, parts, {name: view for name, view in views if view.ndim == 1})
+        _write_weights(folder, parts, tensors)
         if parts.chat.is_loaded:
             _write_tokenizer(folder, parts)
 
 
 def _write_weights(folder: Path, parts: Parts, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Config and these tensors of the model, read back and compared; returns their digests."""
+    """Config and these tensors of the model, read back and compared; returns their digests. An adapter is written
+    whole."""
     live = dict(zip(tensors, _hex(list(tensors.values())), strict=True))
-    save_model(parts.model, folder, names=tensors.keys())
+    adapter = parts.adapter
+    if adapter is None:
+        save_model(parts.model, folder, names=tensors.keys())
+    else:
+        save_adapter(parts.model, adapter.lora, folder, base_model=adapter.base_model, revision=adapter.revision)
     (folder / "config.yaml").write_text(parts.config_yaml, encoding="utf-8")
     saved = {name: _hex([tensor])[0] for name, tensor in _read(sorted(folder.glob("*.safetensors")))}
     for name, value in live.items():
@@ -217,14 +232,24 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 def restore(
     folder: Path, state: dict[str, Any], model: Decoder, optimizer: OptimizerState, loss_scale: LossScale
 ) -> None:
-    """Fill the optimizer, the loss scale and torch's random state; `model` was loaded from `folder` and is compared
-    with what was saved."""
+    """Fill the optimizer, the loss scale and torch's random state; `model` was loaded from `folder`, beside the base
+    model where it trains an adapter, and is compared with what was saved."""
+
+    def same(name: str, tensor: Tensor) -> bool:
+        return bool(_hex([tensor])[0] == state["digests"].get(name))
 
     def compare(name: str, tensor: Tensor) -> None:
-        if _hex([tensor])[0] != state["digests"].get(name):
+        if not same(name, tensor):
             raise UserError(f"the checkpoint is damaged: {name} is not what was saved", DAMAGED_MEND, file=folder)
 
-    for name, weight in hf_views(model, dict(model.named_parameters())):
+    saved_names = _saved(model)
+    for name, weight in _weights(model).items():
+        if name not in saved_names and not same(name, weight):
+            raise UserError(
+                f"base_model has other weights than the adapter was trained beside: {name} differs",
+                "put the base model back, or use another output_dir",
+                file=folder,
+            )
         compare(name, weight)
     waiting = dict(_optimizer_views(optimizer, loss_scale))
     for name, saved in _read(sorted(folder.glob("optimizer*.safetensors"))):
@@ -244,10 +269,20 @@ def restore(
 
 
 def checkpoint_bytes(model: Decoder, optimizer: OptimizerState) -> tuple[int, int]:
-    """`(a checkpoint, the model alone)` on disk, without the tokenizer's few megabytes."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    """`(a checkpoint, the model or adapter alone)` on disk, without the tokenizer's few megabytes."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in _saved(model).values())
     moments = sum(t.numel() * t.element_size() for part in optimizer.state().values() for t in part.values())
     return weights + moments, weights
+
+
+def _weights(model: Decoder) -> dict[str, Tensor]:
+    """Every weight by its Hugging Face name."""
+    return dict(hf_views(model, {name: parameter.detach() for name, parameter in model.named_parameters()}))
+
+
+def _saved(model: Decoder) -> dict[str, Tensor]:
+    """The weights that are saved: an adapter's where there is one, as the others lie in the base model, unchanged."""
+    return adapter_tensors(model) or _weights(model)
 
 
 def _optimizer_views(optimizer: OptimizerState, loss_scale: LossScale) -> Iterator[tuple[str, Tensor]]:

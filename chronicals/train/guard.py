@@ -5,7 +5,7 @@ It watches, at every step:
 - losses and gradients that are not finite: from then on no update writes anything, so the weights stay those of the
   step before (a float16 gradient that overflows skips its own step alone, until the loss scale cannot fall further);
 - trainable tensors that no gradient reaches at step 1, or whose gradient is exactly zero over the first `HORIZON`
-  steps (or over all of a shorter run);
+  steps (or over all of a shorter run); a run of one step passes where another tensor is zero before it (LoRA's A);
 - trainable tensors none of whose elements moved (in the master copy, where there is one) over `HORIZON` steps of
   learning in earnest: at a tenth of the peak learning rate or more, as the last steps of a decay to zero rightly round
   to nothing in a weight of 1.
@@ -19,7 +19,7 @@ step), and single rows of an embedding (a row that no token used has no gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Guard:
         min_lr: steps with a lower learning rate do not count as steps in which weights should move.
         step: the last step that was trained before.
         half: the run computes in float16, so a loss that is not finite may be one of range.
+        late: Hugging Face names of tensors whose gradient is rightly zero at the first step.
         horizon: steps after which a tensor that never had a gradient, or did not move, stops the run.
     """
 
@@ -53,10 +54,11 @@ class Guard:
         min_lr: float = 0.0,
         step: int = 0,
         half: bool = False,
+        late: Collection[str] = (),
         horizon: int = HORIZON,
     ) -> None:
         self._parameters, self._weights = dict(parameters), weights
-        self._min_lr, self._half, self._horizon = min_lr, half, horizon
+        self._min_lr, self._half, self._late, self._horizon = min_lr, half, frozenset(late), horizon
         live = weights()
         self.names = list(live)
         device = next(iter(live.values())).device
@@ -136,7 +138,10 @@ class Guard:
         watched = step + 1 - self._first
         if bad_step:
             raise GuardError(self._not_finite(bad_step))
-        never = [name for name, reached in zip(self.names, flags[:count], strict=True) if not reached]
+        late = self._late if step == 1 else ()
+        never = [
+            name for name, reached in zip(self.names, flags[:count], strict=True) if not reached and name not in late
+        ]
         if never and (watched >= self._horizon or (last and watched)):
             raise GuardError(
                 f"step {step}: the gradient of {_listing(never)} was exactly zero in each of {watched} steps; "

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chronicals import hub
+from chronicals.adapters.lora import adapter_tensors, learning_rates
 from chronicals.config import TrainConfig
 from chronicals.data.documents import Prepared
 from chronicals.data.loader import Loader
@@ -32,6 +33,7 @@ from chronicals.optim.adamw import AdamW
 from chronicals.optim.formats import format_of
 from chronicals.optim.groups import decay_names
 from chronicals.optim.schedules import Schedule
+from chronicals.train.adapter import Adapter, add_adapter, lora_of
 from chronicals.train.checkpoint import STATE_FILE, Checkpoints, Parts, checkpoint_bytes, read_checkpoint, restore
 from chronicals.train.display import gib
 from chronicals.train.environment import environment
@@ -83,11 +85,20 @@ class Run:
     state: RunState
     identity: dict[str, Any]
     generation_config: dict[str, Any]  # the base model's, for the tuned one to start from
+    adapter: Adapter | None
     notes: list[str]
 
     def parts(self) -> Parts:
         scale = self.step.loss_scale
-        return Parts(self.model, self.optimizer, scale, self.data.chat, self.generation_config, self.config.to_yaml())
+        return Parts(
+            self.model,
+            self.optimizer,
+            scale,
+            self.data.chat,
+            self.generation_config,
+            self.config.to_yaml(),
+            self.adapter,
+        )
 
     def trainer_state(self) -> dict[str, Any]:
         """What `trainer_state.json` says of the run itself."""
@@ -132,7 +143,7 @@ def check_start(config: TrainConfig) -> Start:
 
 def load_data(config: TrainConfig, *, progress: bool) -> Data:
     """Tokenise, pack, and count the steps. A model that cannot be trained is told first: data may take an hour."""
-    load_config(_base_folder(config))
+    lora_of(config, load_config(_base_folder(config)))
     chat = remembered_tokenizer(config)
     prepared = prepare(config, chat, progress=progress)
     loader = partial(
@@ -171,13 +182,12 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
     """Model, optimizer and guard, filled from the checkpoint where there is one."""
     ours = identity(config, data.prepared.train, data.prepared.eval, str(start.dtype).removeprefix("torch."))
     saved = _saved_state(start, ours)
-    head_dim = load_config(start.checkpoint or _base_folder(config)).head_dim
+    head_dim = load_config(_model_folder(config, start)).head_dim
     ops, kernels = resolve_ops(start.device, start.dtype, head_dim=head_dim, deterministic=config.deterministic)
     model = _model(config, start, data.chat, ops)
+    adapter = add_adapter(config, model, start.checkpoint)
     model.set_recompute(config.recompute, config.recompute_layers)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    trained = dict(hf_views(model, {name: parameter.detach() for name, parameter in trainable.items()}))
-    optimizer = _optimizer(config, trained, start.dtype)
+    optimizer = _optimizer(config, start.dtype, model)
     loss_scale = loss_scale_for(start.dtype, start.device)
     state, notes = RunState(), []
     if saved is not None and start.checkpoint is not None:
@@ -187,15 +197,8 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
         if start.checkpoint.resolve().parent != start.output_dir.resolve():
             state.metrics_bytes = 0  # the rows before it are in the other run's file
 
-    hf_names = {name: [theirs for theirs, _ in hf_views(model, {name: p})] for name, p in trainable.items()}
-
-    def watched() -> dict[str, Tensor]:
-        return trained | optimizer.state()["master"]
-
-    guard = Guard(
-        hf_names, watched, min_lr=config.learning_rate / 10, step=state.step, half=start.dtype == torch.float16
-    )
-    gradients = Gradients(model, trainable, accumulate=config.gradient_accumulation_steps > 1)
+    guard = _guard(config, start.dtype, model, optimizer, state.step)
+    gradients = Gradients(model, _trainable(model), accumulate=config.gradient_accumulation_steps > 1)
     loss = model.ops.linear_cross_entropy
     step = step_class(config.cuda_graph, start.device, ops, notes)(
         model,
@@ -220,6 +223,7 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
         state=state,
         identity=ours,
         generation_config=_generation_config(start.checkpoint or _base_folder(config)),
+        adapter=adapter,
         notes=notes,
     )
 
@@ -251,6 +255,7 @@ def header(run: Run) -> dict[str, str]:
     facts = {
         "model": f"{run.config.base_model} ({model.config.family}{weights})",
         "trainable parameters": f"{trained:,} of {total:,}",
+        **({"adapter": str(run.adapter)} if run.adapter else {}),
         "device": f"{device}, {told_dtype(run.start.dtype, run.start.device, run.config.bf16, run.config.fp16)}",
         "kernels": run.kernels,
         "documents": f"{stats.documents:,}",
@@ -276,7 +281,7 @@ def _saved_state(start: Start, ours: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _model(config: TrainConfig, start: Start, chat: ChatTokenizer, ops: Ops) -> Decoder:
-    if start.checkpoint is not None:
+    if start.checkpoint is not None and not config.adapter:
         return load_model(start.checkpoint, dtype=start.dtype, device=start.device, ops=ops)
     if config.reinit_weights:
         model = Decoder(load_config(_base_folder(config)), ops, device=start.device, dtype=start.dtype)
@@ -284,11 +289,22 @@ def _model(config: TrainConfig, start: Start, chat: ChatTokenizer, ops: Ops) -> 
     else:
         revision = config.revision_of_model
         model = load_model(config.base_model, dtype=start.dtype, device=start.device, ops=ops, revision=revision)
+    if config.adapter and chat.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {chat.vocab_size - model.config.vocab_size} tokens more than the model, and an adapter "
+            "does not train embeddings yet",
+            "use tokens that the model has (tokens, special_tokens, chat_template), or remove adapter",
+        )
     model.resize_token_embeddings(max(model.config.vocab_size, chat.vocab_size))  # only where tokens were added
     return model
 
 
-def _optimizer(config: TrainConfig, trained: dict[str, Tensor], dtype: torch.dtype) -> AdamW:
+def _trainable(model: Decoder) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _optimizer(config: TrainConfig, dtype: torch.dtype, model: Decoder) -> AdamW:
+    trained = dict(hf_views(model, {name: parameter.detach() for name, parameter in _trainable(model).items()}))
     form = format_of(config.optimizer, dtype)
     return AdamW(
         trained,
@@ -299,7 +315,29 @@ def _optimizer(config: TrainConfig, trained: dict[str, Tensor], dtype: torch.dty
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         decay_names=decay_names(trained),
+        rates=learning_rates(model, config.loraplus_lr_ratio or 1.0),
     )
+
+
+def _guard(config: TrainConfig, dtype: torch.dtype, model: Decoder, optimizer: AdamW, step: int) -> Guard:
+    names = {name: [theirs for theirs, _ in hf_views(model, {name: p})] for name, p in _trainable(model).items()}
+
+    def watched() -> dict[str, Tensor]:
+        return optimizer.parameters | optimizer.state()["master"]
+
+    return Guard(
+        names,
+        watched,
+        min_lr=config.learning_rate / 10,
+        step=step,
+        half=dtype == torch.float16,
+        late=adapter_tensors(model, ("lora_A",)),  # B is zero before it
+    )
+
+
+def _model_folder(config: TrainConfig, start: Start) -> Path:
+    """Where config.json is: an adapter's checkpoint has none."""
+    return start.checkpoint if start.checkpoint is not None and not config.adapter else _base_folder(config)
 
 
 def _base_folder(config: TrainConfig) -> Path:

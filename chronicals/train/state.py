@@ -20,7 +20,8 @@ from chronicals.train.evaluate import Evaluation
 # Keys that may change on resume without making another run of it, though the curve changes: told, not refused.
 TOLD = """
     learning_rate lr_scheduler warmup_steps warmup_ratio cosine_min_lr_ratio lr_decay_ratio num_epochs max_steps
-    weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor z_loss micro_batch_size
+    loraplus_lr_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor z_loss
+    micro_batch_size
     """.split()
 
 DAMAGED_MEND = "resume from an older checkpoint: remove this folder, or give that one's path as resume_from_checkpoint"
@@ -58,6 +59,7 @@ class RunState:
 
 def identity(config: TrainConfig, train: Documents, evaluation: Documents | None, dtype: str) -> dict[str, Any]:
     """What makes it this run and no other, by the names of the config's keys: a resumed run must have the same."""
+    adapter = ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_linear", "peft_use_rslora")
     return {
         "base_model": config.base_model,
         "revision_of_model": config.revision_of_model,
@@ -70,6 +72,8 @@ def identity(config: TrainConfig, train: Documents, evaluation: Documents | None
         "sample_packing": config.packing_algorithm if config.sample_packing else "none",
         "micro_batch_size * gradient_accumulation_steps": config.micro_batch_size * config.gradient_accumulation_steps,
         "optimizer": config.optimizer,
+        "adapter": config.adapter,
+        **({key: getattr(config, key) for key in adapter} if config.adapter else {}),
     }
 
 

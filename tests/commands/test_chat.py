@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import chronicals.data
+from chronicals.adapters.lora import LoRA, adapter_tensors, add_lora
+from chronicals.adapters.peft_files import save_adapter
 from chronicals.commands.chat import chat, model_folder
 from chronicals.errors import UserError
+from chronicals.models.hf import load_model
 from tests.train import helpers
 
 
@@ -94,6 +99,28 @@ def test_a_damaged_model_is_named(folder: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"model: transformers cannot load it \(.*\); if a run was saving to it"):
         ask(tmp_path / "model", "hello")
+
+
+def test_an_adapter_answers_beside_its_base_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(folder, "hello")
+    plain = capsys.readouterr().out
+    lora = LoRA(4, 8, ("q_proj", "down_proj"))
+    model = load_model(folder)
+    add_lora(model, lora)
+    for tensor in adapter_tensors(model).values():
+        tensor.normal_(generator=torch.Generator().manual_seed(0))
+    adapter = tmp_path / "checkpoint-3"
+    shutil.copytree(folder, adapter, ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
+    save_adapter(model, lora, adapter, base_model=str(folder))
+    ask(adapter, "hello")
+    assert capsys.readouterr().out not in (plain, "", "\n")
+    with pytest.raises(UserError, match=r"no final model yet; try its last checkpoint: chronicals chat .*checkpoint-3"):
+        model_folder(str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="this is an adapter, which transformers loads with peft; pip install peft"):
+        ask(adapter, "hello")
 
 
 def test_a_folder_without_model_says_what_to_try(tmp_path: Path) -> None:

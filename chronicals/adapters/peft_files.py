@@ -1,0 +1,133 @@
+"""Adapters on disk as PEFT has them: `adapter_config.json` and `adapter_model.safetensors`, in and out, strict.
+
+What PEFT can say and we do not compute is refused by its name. Left out: adapters stored as pickles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from chronicals.adapters.lora import LoRA, adapter_tensors, add_lora, all_linear, check_targets
+from chronicals.errors import UserError
+from chronicals.models.config import ModelConfig
+from chronicals.models.decoder import Decoder
+from chronicals.models.hf import fsync
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# keys of adapter_config.json that change what is computed -> what they hold where they do not
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": (None, "none"),
+    "use_dora": (None, False),
+    "fan_in_fan_out": (None, False),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "exclude_modules": (None, [], ""),
+    "layers_to_transform": (None, []),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "lora_bias": (None, False),
+    "use_bdlora": (None,),
+    "alora_invocation_tokens": (None,),
+}
+
+
+def save_adapter(model: Decoder, lora: LoRA, folder: Path, *, base_model: str, revision: str | None = None) -> None:
+    """Writes both files into `folder`, which exists, and forces them to disk."""
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": lora.rslora,
+        "target_modules": lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        fsync(folder / name)
+
+
+def read_lora(folder: Path, config: ModelConfig) -> LoRA:
+    """What `adapter_config.json` in `folder` describes, for a model of `config`.
+
+    Raises UserError where it is missing or damaged, or asks for what is not computed here.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no {CONFIG_FILE}", "give a folder that PEFT saved", file=file) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"this is not JSON ({error})", "download it again", file=file) from error
+    if not isinstance(data, dict) or data.get("peft_type") != "LORA" or "r" not in data or "lora_alpha" not in data:
+        raise UserError("this is not the configuration of a LoRA adapter", "give a LoRA adapter", file=file)
+    for key, plain in _PLAIN.items():
+        if data.get(key) not in plain:
+            raise UserError(f"{key}: {data[key]!r} is not supported yet", "give an adapter without it", file=file)
+    targets = data.get("target_modules")
+    if targets == "all-linear":
+        targets = all_linear(config)
+    elif isinstance(targets, list):
+        check_targets(targets, config, key="target_modules")
+        targets = tuple(targets)
+    elif not isinstance(targets, str):
+        raise UserError("target_modules is missing", "give an adapter that names its targets", file=file)
+    return LoRA(data["r"], data["lora_alpha"], targets, bool(data.get("use_rslora")))
+
+
+def load_adapter(model: Decoder, folder: Path) -> LoRA:
+    """Adds the adapter in `folder` to `model`, whose other weights are frozen.
+
+    Raises UserError where its files are missing or damaged, do not fit the model, or ask for what is not computed here.
+    """
+    lora = read_lora(folder, model.config)
+    add_lora(model, lora)
+    fill_adapter(model, folder)
+    return lora
+
+
+def fill_adapter(model: Decoder, folder: Path) -> None:
+    """Copies the tensors of `adapter_model.safetensors` into adapters of the same names and shapes."""
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        raise UserError(f"there is no {WEIGHTS_FILE}", "save the adapter as safetensors", file=file)
+    try:
+        stored = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"the file is damaged: {error}", "get it again", file=file) from error
+    wanted = adapter_tensors(model)
+    _check_names(file, stored.keys(), wanted.keys())
+    for name, target in wanted.items():
+        if stored[name].shape != target.shape:
+            raise UserError(
+                f"{name} has shape {tuple(stored[name].shape)}, {tuple(target.shape)} is wanted",
+                "give the base model that it was trained on",
+                file=file,
+            )
+        target.copy_(stored[name])
+
+
+def _check_names(file: Path, stored: Collection[str], wanted: Collection[str]) -> None:
+    mend = "take both adapter files from the same folder, and the base model that they were trained on"
+    for name in wanted:
+        if name not in stored:
+            raise UserError(f"tensor {name} is missing", mend, file=file)
+    for name in stored:
+        if name not in wanted:
+            raise UserError(f"tensor {name} belongs to no target of {CONFIG_FILE}", mend, file=file)

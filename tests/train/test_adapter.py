@@ -1,0 +1,218 @@
+"""Runs that train an adapter: what they write, what PEFT makes of it, exact resume, and what stops them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from chronicals.adapters.lora import LoRAProjection
+from chronicals.adapters.peft_files import load_adapter
+from chronicals.config import TrainConfig
+from chronicals.errors import GuardError, UserError
+from chronicals.models.hf import load_model
+from chronicals.optim.adamw import AdamW
+from tests.kernels.numerics import relative_error
+from tests.models.test_parity import logits_and_loss, reference_logits_and_loss
+from tests.models.tiny import documents
+from tests.train import helpers
+from tests.train.test_resume import LONG, Crash, at_step, crash
+
+LORA = {"adapter": "lora", "lora_r": 4, "learning_rate": 3e-3}
+FILES = ("adapter_model.safetensors", "checkpoint-20/adapter_model.safetensors", "checkpoint-20/optimizer.safetensors")
+
+
+def adapter_config(folder: Path, **values: Any) -> TrainConfig:
+    return helpers.make_config(folder, **(LORA | values))
+
+
+def test_a_run_learns_and_peft_loads_it_with_equal_logits(folder: Path) -> None:
+    config = adapter_config(
+        folder, max_steps=30, val_set_size=10, eval_steps=15, lora_target_modules=["q_proj", "up_proj"]
+    )
+    result, text = helpers.run(config)
+    losses = [row["eval_loss"] for row in helpers.rows(config) if "eval_loss" in row]
+    assert result.status == "finished" and losses[-1] < losses[0] - 0.1
+    assert "LoRA of rank 4, scaled by 2: q_proj, up_proj" in text
+    for path in (folder / "out", folder / "out/checkpoint-30"):
+        assert not list(path.glob("model*.safetensors")) and not (path / "config.json").exists()
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+        theirs, ours = peft.PeftModel.from_pretrained(base, path), load_model(folder / "model")
+        load_adapter(ours, path)
+        streams = documents(vocab_size=250)
+        with torch.no_grad():
+            logits, expected = logits_and_loss(ours, streams)[0], reference_logits_and_loss(theirs, streams)[0]
+        assert relative_error(logits, expected) < 1e-5
+        with torch.no_grad(), theirs.disable_adapter():
+            assert relative_error(reference_logits_and_loss(theirs, streams)[0], expected) > 1e-2
+    written = json.loads((folder / "out/adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str((folder / "model").resolve())
+    assert written["target_modules"] == ["q_proj", "up_proj"]
+    assert not written.get("modules_to_save")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "out")  # finds the base model by itself
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())
+
+
+def test_all_linear_layers_are_the_default(folder: Path) -> None:
+    config = adapter_config(folder, max_steps=2)
+    helpers.run(config)
+    names = load_file(folder / "out/adapter_model.safetensors")
+    targets = {re.sub(r".*\.(\w+)\.lora_.*", r"\1", name) for name in names}
+    assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(names) == 2 * 2 * 7
+    state = json.loads((folder / "out/trainer_state.json").read_text())
+    assert names.keys() <= state["digests"].keys()
+
+
+def test_twenty_steps_are_ten_and_ten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = {"loraplus_lr_ratio": 4.0, "peft_use_rslora": True}
+    straight = adapter_config(folder, **LONG, **lora, save_steps=10, output_dir=str(folder / "straight"))
+    helpers.run(straight)
+    config = adapter_config(folder, **LONG, **lora, save_steps=10, resume_from_checkpoint="auto")
+    with monkeypatch.context() as patch:
+        at_step(patch, 12, crash)
+        with pytest.raises(Crash):
+            helpers.run(config)
+    assert (folder / "out/checkpoint-10").is_dir()
+    helpers.run(config)
+    assert helpers.rows(straight) == helpers.rows(config)
+    for file in FILES:
+        a, b = load_file(folder / "straight" / file), load_file(folder / "out" / file)
+        assert a.keys() == b.keys() and a
+        assert all(torch.equal(a[name], b[name]) for name in a), file
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"lora_r": 8}, "lora_r was 4 and is 8 now"),
+        ({"lora_alpha": 9}, "lora_alpha was 8 and is 9 now"),
+        ({"adapter": None, "lora_r": None}, "adapter was 'lora' and is None now"),
+        ({"lora_target_modules": ["q_proj"]}, "lora_target_modules was None and is ['q_proj'] now"),
+    ],
+)
+def test_another_adapter_is_another_run(folder: Path, values: dict[str, Any], says: str) -> None:
+    helpers.run(adapter_config(folder, max_steps=2, save_steps=1))
+    with pytest.raises(UserError, match=re.escape(says)):
+        helpers.run(adapter_config(folder, **({"max_steps": 3, "resume_from_checkpoint": "auto"} | values)))
+
+
+def test_a_base_model_that_changed_is_told(folder: Path) -> None:
+    config = adapter_config(folder, max_steps=2, save_steps=1)
+    helpers.run(config)
+    weights = load_file(folder / "model/model.safetensors")
+    other = folder / "other"
+    helpers.make_model(other)
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model").unlink()
+    other.rename(folder / "model")
+    with pytest.raises(UserError, match=r"base_model has other weights than the adapter was .*: model\.norm\.weight"):
+        helpers.run(adapter_config(folder, max_steps=3, resume_from_checkpoint="auto"))
+
+
+def test_one_step_passes_although_a_has_no_gradient_yet(folder: Path) -> None:
+    config = adapter_config(folder, max_steps=1)
+    assert helpers.run(config)[0].status == "finished"
+    tensors = load_file(folder / "out/adapter_model.safetensors")
+    assert all(tensor.count_nonzero() for tensor in tensors.values())
+
+
+def test_a_b_that_never_moves_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(self: LoRAProjection, d_out: Tensor, x: Tensor, gradients: Any) -> None:
+        whole(self, d_out, x, Zeroed(gradients, self.lora_B.get("up_proj")))
+
+    class Zeroed:
+        """Writes zeros as the gradient of one parameter."""
+
+        def __init__(self, gradients: Any, parameter: Tensor | None) -> None:
+            self.gradients, self.parameter = gradients, parameter
+
+        def matmul(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
+            self.gradients.matmul(parameter, left * (parameter is not self.parameter), right)
+
+    whole = LoRAProjection.weight_grads
+    monkeypatch.setattr(LoRAProjection, "weight_grads", half)
+    with pytest.raises(GuardError) as caught:
+        helpers.run(adapter_config(folder, max_steps=3))
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    assert f"the gradient of {name.replace('_B', '_A')}, {name}" in str(caught.value)
+
+
+def test_the_ratio_of_lora_plus_reaches_every_b(folder: Path) -> None:
+    """The first step of Adam is the learning rate, whatever the gradient."""
+    moved = {}
+    for ratio in (None, 16.0):
+        out = str(folder / f"out{ratio}")
+        helpers.run(adapter_config(folder, max_steps=1, learning_rate=1e-4, loraplus_lr_ratio=ratio, output_dir=out))
+        tensors = load_file(Path(out) / "adapter_model.safetensors")
+        moved[ratio] = {name: tensor.abs().max().item() for name, tensor in tensors.items() if "lora_B" in name}
+    for name, plain in moved[None].items():
+        assert moved[16.0][name] == pytest.approx(16 * plain, rel=1e-4), name
+
+
+def test_only_the_b_matrices_have_another_rate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    make = AdamW.__init__
+
+    def spy(self: AdamW, named: Any, **options: Any) -> None:
+        seen.update(names=set(named), rates=options["rates"])
+        make(self, named, **options)
+
+    monkeypatch.setattr(AdamW, "__init__", spy)
+    helpers.run(adapter_config(folder, loraplus_lr_ratio=16), dry_run=True)
+    assert seen["rates"] == dict.fromkeys((name for name in seen["names"] if ".lora_B." in name), 16.0)
+    assert all(".lora_" in name for name in seen["names"])
+
+
+def test_the_frozen_table_and_head_get_no_gradient(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from chronicals.kernels.grad_sink import InPlace
+
+    opened = []
+    whole = InPlace.open
+    monkeypatch.setattr(InPlace, "open", lambda self, p: (opened.append(tuple(p.shape)), whole(self, p))[1])
+    helpers.run(adapter_config(folder, max_steps=1))
+    vocabulary = load_file(folder / "model/model.safetensors")["model.embed_tokens.weight"].shape[0]
+    assert opened and not any(vocabulary in shape for shape in opened)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16_sr", "adamw_8bit"])
+def test_bf16_adapters_pass_the_guard(folder: Path, optimizer: str) -> None:
+    config = adapter_config(folder, bf16=True, optimizer=optimizer, max_steps=60, loraplus_lr_ratio=4.0, num_epochs=9)
+    result, _ = helpers.run(config)
+    losses = [row["loss"] for row in helpers.rows(config)]
+    assert result.status == "finished" and sum(losses[-5:]) < sum(losses[:5]) - 1
+    tensors = load_file(folder / "out/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"lora_target_modules": ["q_prj"]}, "the model has no linear layer 'q_prj'; did you mean 'q_proj'?"),
+        ({"lora_target_modules": ["lm_head"]}, "adapters of lm_head are not supported yet"),
+        (
+            {"tokens": [f"<|new{i}|>" for i in range(9)]},
+            "the tokenizer has 9 tokens more than the model, and an adapter",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_told_before_a_step(folder: Path, values: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        helpers.run(adapter_config(folder, **values), dry_run=True)
+
+
+def test_the_config_as_run_loads_back(folder: Path) -> None:
+    config = adapter_config(folder, max_steps=1)
+    helpers.run(config)
+    assert TrainConfig.load(folder / "out/config.yaml") == config
+    assert yaml.safe_load((folder / "out/config.yaml").read_text())["lora_alpha"] == 8
