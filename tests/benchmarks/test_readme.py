@@ -44,7 +44,8 @@ WHERE = {
     "versions": {"torch": "2.11.0", "unsloth": None},
     "commit": "0123456789",
     "command": "chronicals bench step",
-    "at_once": 4, "clock": "by the wall",
+    "at_once": 4,
+    "clock": "by the wall",
 }
 
 
