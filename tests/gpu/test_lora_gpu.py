@@ -14,7 +14,6 @@ from chronicals.adapters.lora import LoRA, adapter_tensors, add_lora
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views, load_model
 from chronicals.train.precision import resolve_ops
-from tests.gpu.test_training_gpu import folder as folder
 from tests.kernels.numerics import relative_error
 from tests.train import helpers
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,26 +26,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 TOO_HIGH = 2.0**30  # gradients overflow: dlogits are about scale / supervised tokens
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A model whose heads are wide enough for FlashAttention, and chats."""
-    size = helpers.make_tokenizer(tmp_path / "model")
-    config = transformers.Qwen2Config(
-        vocab_size=size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
-    torch.manual_seed(0)
-    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
-    helpers.make_chats(tmp_path / "chats.jsonl", rows=400)
-    return tmp_path
 
 
 @pytest.fixture

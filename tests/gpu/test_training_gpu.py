@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from chronicals.commands.verify import verify
 from chronicals.train.trainer import Training
@@ -19,26 +18,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A model whose heads are wide enough for FlashAttention, and chats."""
-    size = helpers.make_tokenizer(tmp_path / "model")
-    config = transformers.Qwen2Config(
-        vocab_size=size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
-    torch.manual_seed(0)
-    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
-    helpers.make_chats(tmp_path / "chats.jsonl", rows=400)
-    return tmp_path
 
 
 def test_bf16_run_learns_and_transformers_agrees(folder: Path) -> None:
