@@ -31,7 +31,7 @@ def test_both_runs_are_timed_by_phase(
         names = [phase["what"] for phase in ran["phases"]]
         assert names[0] == "start of Python"
         assert any("import torch" in name for name in names)
-        assert sum(phase["seconds"] for phase in ran["phases"]) == pytest.approx(ran["seconds"], rel=0.25, abs=1.0)
+        assert sum(phase["seconds"] for phase in ran["phases"]) == pytest.approx(ran["seconds"], abs=1.0)
     assert f"warm {record['runs']['warm']['seconds']:.2f} s, target 10 s" in capsys.readouterr().out
 
 
