@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chronicals.kernels import column_sums, embedding, glu, rmsnorm, rope
+from chronicals.kernels import column_sums, embedding, glu, lora, rmsnorm, rope
 from chronicals.kernels.attention import AttentionBackend, ByDevice
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -36,6 +36,7 @@ class Ops:
     rope_qkv_: Callable[..., None]
     glu_forward: Callable[..., Tensor]
     glu_backward: Callable[..., Tensor]
+    place_adapters: Callable[..., Callable[[], None]]
     attention: AttentionBackend
     linear_cross_entropy: Callable[..., Tensor]  # differentiable: the one op that is a step of its own
 
@@ -54,6 +55,7 @@ REFERENCE = Ops(
     rope_qkv_=rope.rope_qkv_,
     glu_forward=glu.glu_forward,
     glu_backward=glu.glu_backward,
+    place_adapters=lora.place_adapters,
     attention=ByDevice(),
     linear_cross_entropy=linear_cross_entropy,
 )
@@ -91,6 +93,7 @@ def fused(
         rope_qkv_=rope.rope_qkv_,
         glu_forward=glu.glu_forward,
         glu_backward=glu.glu_backward,
+        place_adapters=lora.place_adapters,
         attention=attention.backend_for(torch.device(device), dtype, head_dim=head_dim, deterministic=deterministic),
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
     )
