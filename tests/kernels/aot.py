@@ -53,6 +53,7 @@ def compile_all(
     *,
     num_warps: int = 4,
     num_stages: int = 2,
+    enable_fp_fusion: bool = True,
     targets: Mapping[str, tuple[GPUTarget, int]] = TARGETS,
 ) -> dict[str, Compiled]:
     """Compile `kernel` for every target.
@@ -62,7 +63,7 @@ def compile_all(
         signature: argument -> Triton type, for all that is not constexpr: `"*bf16"`, `"fp32"`, `"i32"`. Pointers are
             taken to be divisible by 16; `"i32:16"` says that of a size or stride, `"*bf16:1"` denies it of a pointer.
         constexprs: argument -> value, for all that is constexpr or passed as None.
-        num_warps, num_stages: of the launch.
+        num_warps, num_stages, enable_fp_fusion: of the launch.
 
     Raises:
         AssertionError: naming each target that does not compile, or that lacks the shared memory, and why.
@@ -80,10 +81,11 @@ def compile_all(
         "constexprs": {(known.index(argument),): value for argument, value in constexprs.items()},
         "attrs": {(i,): [["tt.divisibility", 16]] for i in aligned},
     }
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
     compiled, failed = {}, []
     for target_name, (target, limit) in targets.items():
         try:
-            one = _compile(source, target, {"num_warps": num_warps, "num_stages": num_stages})
+            one = _compile(source, target, options)
         except Exception as error:  # noqa: BLE001  whatever the compiler raises is the finding; all are told below
             failed.append(f"{target_name}: {type(error).__name__}: {error}")
             continue
@@ -101,7 +103,7 @@ def _divisible_by_16(kind: str) -> bool:
     return divisor == "16" or (base.startswith("*") and divisor != "1")
 
 
-def _compile(source: Mapping[str, Any], target: GPUTarget, options: Mapping[str, int]) -> Compiled:
+def _compile(source: Mapping[str, Any], target: GPUTarget, options: Mapping[str, int | bool]) -> Compiled:
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), triton.knobs.compilation.scope():
         triton.knobs.cache.dir = folder
         triton.knobs.compilation.always_compile = True
