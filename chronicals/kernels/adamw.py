@@ -31,13 +31,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from chronicals.kernels.philox import ROUNDING, philox4x32
+
 StateDtype = Literal["float32", "bfloat16", "int8"]
 STATE_DTYPES: tuple[StateDtype, ...] = ("float32", "bfloat16", "int8")
 BLOCK = 256  # elements that share a scale
 LANES = 64  # words of four codes in a block
 TILE = 32 * BLOCK  # elements between which random numbers have something in common
 CALLS = TILE // 16  # of Philox in a tile: each makes four words, each word serves four elements
-PHILOX_ROUNDS = 7  # the fewest that pass BigCrush (Salmon et al. 2011, table 2)
 # the next word from the last, modulo 2^32; the multiplier is of table 3 in Steele & Vigna 2021, "Computationally easy,
 # spectrally good multipliers for congruential pseudorandom number generators"
 LCG_MULTIPLY, LCG_ADD = 0x93D765DD, 0x6D2B79F5
@@ -150,31 +151,13 @@ def random_bits(
     word k, the first k + 1, the weight k + 2 (modulo 4), so that no element rounds two numbers with one word.
     """
     tiles = -(-numel // TILE)
-    words = torch.stack(philox4x32(torch.arange(tiles * CALLS, device=device), stream, step, 0, seed=seed), 1)
+    words = torch.stack(philox4x32(torch.arange(tiles * CALLS, device=device), stream, step, ROUNDING, seed=seed), 1)
     groups = [words.view(tiles, CALLS // LANES, LANES, 4)]
     for _ in range(3):
         groups.append(groups[-1] * LCG_MULTIPLY + LCG_ADD & 0xFFFFFFFF)
     found = torch.stack(groups, 1).view(-1, LANES, 4)
     first, second, weight = (_in_order(found.roll(-k, 2).reshape(-1, BLOCK), numel) for k in (1, 0, 2))
     return first, second, weight
-
-
-def philox4x32(c0: Tensor, c1: int, c2: int, c3: int, *, seed: int, rounds: int = PHILOX_ROUNDS) -> list[Tensor]:
-    """Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011: four int64 tensors of 32-bit words."""
-    mask = 0xFFFFFFFF
-    words = [torch.as_tensor(c, dtype=torch.int64, device=c0.device).expand_as(c0) & mask for c in (c0, c1, c2, c3)]
-    key0, key1 = seed & mask, seed >> 32 & mask
-    for _ in range(rounds):
-        # int64 products wrap modulo 2^64, which keeps all bits of an unsigned one
-        even, odd = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
-        words = [
-            (odd >> 32 & mask) ^ words[1] ^ key0,
-            odd & mask,
-            (even >> 32 & mask) ^ words[3] ^ key1,
-            even & mask,
-        ]
-        key0, key1 = key0 + 0x9E3779B9 & mask, key1 + 0xBB67AE85 & mask
-    return words
 
 
 def round_stochastically(x: Tensor, r: Tensor) -> Tensor:

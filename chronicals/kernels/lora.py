@@ -1,8 +1,13 @@
-"""LoRA's own ops, in plain PyTorch: what stands between an adapter's parameters and the matmuls that read them.
+"""What LoRA adds to a projection's matmuls, in plain PyTorch: adapters put in their places, dropout.
 
-A joined projection multiplies by one buffer that holds the frozen weight and the thin matrices beside it
-(adapters/joined.py). The matrices are trained as parameters of their own, so they are copied into the buffers at the
-start of each micro-batch: a few megabytes, all of them by one call.
+A fused projection multiplies by one buffer `U = [[W, B], [A, 0]]`, weight and adapters joined, while each tensor of an
+adapter is a parameter of its own: `place_adapters` copies all of them into their buffers at the start of a micro-batch.
+
+Dropout (Srivastava et al. 2014) of an adapter's input, as PEFT has it: each adapter has a mask of its own, and what is
+kept is divided by the probability of keeping. Masks are Philox's, a function of seed, adapter, micro-batch and element,
+so that backward and a resumed run draw them again and nothing is stored (docs/math/lora.md).
+
+Shapes: T tokens, K elements of a token.
 """
 
 from __future__ import annotations
@@ -12,21 +17,74 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from chronicals.kernels.philox import DROPOUT, philox4x32
+
+LANES = 8  # elements that share a call of Philox, 16 bits each
+MOST_CALLS = 2**31  # for one mask: they are counted in 32 bits
+
 
 def place_adapters(pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
     """A plan, made once: each call of it copies every source into its destination, as they are then.
 
     Args:
-        pairs: source (rows, columns) contiguous, and a view (rows, columns) of the same dtype whose last stride is 1
-            and whose rows may lie apart. Both keep their memory as long as the plan is used.
+        pairs: source (rows, columns) contiguous, and a view (rows, columns) of the same dtype (float32, bfloat16 or
+            float16) whose last stride is 1 and whose rows may lie apart; no two overlap. All keep their memory as long
+            as the plan is used.
     """
-    for source, destination in pairs:
-        assert source.shape == destination.shape and source.dtype == destination.dtype
-    sources, destinations = [source for source, _ in pairs], [destination for _, destination in pairs]
+    check_pairs(pairs)
 
     @torch.no_grad()
     def place() -> None:
-        for source, destination in zip(sources, destinations, strict=True):
+        for source, destination in pairs:
             destination.copy_(source)
 
     return place
+
+
+def check_pairs(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for source, place in pairs:
+        assert source.ndim == 2
+        assert source.shape == place.shape, f"{tuple(source.shape)} does not fit {tuple(place.shape)}"
+        assert source.dtype == place.dtype
+        assert source.device == place.device
+        assert source.is_contiguous()
+        assert place.stride(1) == 1 or place.shape[1] == 1
+
+
+def threshold(p: float) -> int:
+    """An element is dropped where its 16 random bits are below this: the dropout's probability in steps of 2^-16."""
+    assert 0 <= p < 1, f"dropout {p}"
+    return min(round(p * 2**16), 2**16 - 1)
+
+
+def dropout_mask(
+    tokens: int,
+    columns: int,
+    p: float,
+    *,
+    seed: int,
+    stream: int,
+    counter: Tensor | int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which elements of an adapter's input are kept.
+
+    Philox4x32, key `seed`, is called with the counters (call, stream, counter, DROPOUT). Element (t, k) has call
+    t * ceil(K / 8) + k // 8 and of its words the 16 bits from 16 (k % 8) on, the lowest of the first word first.
+
+    Args:
+        p: the probability of being dropped, rounded to a multiple of 2^-16.
+        seed: the run's, up to 64 bits.
+        stream: the adapter's number.
+        counter: the micro-batch's number, an int64 () or (1,) where it is on the device.
+
+    Returns:
+        (T, K) bool.
+    """
+    device = counter.device if isinstance(counter, Tensor) else device
+    calls = -(-columns // LANES)
+    assert tokens * calls < MOST_CALLS, f"no mask of {tokens} x {columns}"
+    call = torch.arange(tokens * calls, device=device)
+    words = torch.stack(philox4x32(call, stream, counter, DROPOUT, seed=seed), 1)
+    bits = torch.stack((words & 0xFFFF, words >> 16), 2).view(tokens, calls * LANES)[:, :columns]
+    return bits >= threshold(p)

@@ -77,7 +77,16 @@ def fused(
     Raises:
         ImportError: there is no triton here; CUDA and ROCm builds of torch bring it.
     """
-    from chronicals.kernels.fused import attention, column_sums, embedding, glu, linear_cross_entropy, rmsnorm, rope
+    from chronicals.kernels.fused import (
+        attention,
+        column_sums,
+        embedding,
+        glu,
+        linear_cross_entropy,
+        place_adapters,
+        rmsnorm,
+        rope,
+    )
 
     return Ops(
         embedding_forward=embedding.embedding_forward,
@@ -93,7 +102,7 @@ def fused(
         rope_qkv_=rope.rope_qkv_,
         glu_forward=glu.glu_forward,
         glu_backward=glu.glu_backward,
-        place_adapters=lora.place_adapters,
+        place_adapters=place_adapters.place_adapters,
         attention=attention.backend_for(torch.device(device), dtype, head_dim=head_dim, deterministic=deterministic),
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
     )

@@ -1,24 +1,82 @@
-"""LoRA's ops: placing adapters copies what the parameters hold at the time, and nothing beside it."""
+"""LoRA's plain ops: adapters in their places, masks of dropout that are uniform, apart, and their elements' own."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from chronicals.kernels.lora import place_adapters
+from chronicals.kernels.lora import dropout_mask, place_adapters, threshold
+from chronicals.kernels.philox import DROPOUT, philox4x32
+
+DRAW = {"seed": 1, "stream": 2, "counter": 3}
 
 
-def test_each_call_copies_what_is_there_then() -> None:
-    buffer = torch.full((7, 9), -1.0)
-    a, b = torch.nn.Parameter(torch.randn(2, 6)), torch.nn.Parameter(torch.randn(5, 3))
-    place = place_adapters([(a, buffer[5:, :6]), (b, buffer[:5, 6:])])
+def test_adapters_are_placed_at_each_call() -> None:
+    joined, a, b = torch.zeros(7, 9), torch.randn(2, 4), torch.randn(5, 2)
+    place = place_adapters([(a, joined[5:, :4]), (b, joined[:5, 4:6])])
     for _ in range(2):
         place()
-        assert torch.equal(buffer[5:, :6], a) and torch.equal(buffer[:5, 6:], b)
-        assert bool((buffer[:5, :6] == -1).all()) and bool((buffer[5:, 6:] == -1).all())
-        with torch.no_grad():
-            a.mul_(2)
-            b.add_(1)
+        assert torch.equal(joined[5:, :4], a) and torch.equal(joined[:5, 4:6], b)
+        assert joined.count_nonzero() == a.numel() + b.numel()
+        a.normal_()
 
 
 def test_nothing_to_place() -> None:
     place_adapters([])()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    joined = torch.zeros(7, 9)
+    for source in (torch.zeros(2, 3), torch.zeros(2, 4).half(), torch.zeros(4, 2).t()):
+        with pytest.raises(AssertionError):
+            place_adapters([(source, joined[5:, :4])])
+    with pytest.raises(AssertionError):
+        place_adapters([(torch.zeros(4, 2), joined[5:, :4].t())])
+
+
+def test_a_mask_by_hand() -> None:
+    """Element (t, k) from its own call, word and half."""
+    p, (tokens, columns) = 0.3, (3, 21)
+    mask = dropout_mask(tokens, columns, p, **DRAW)
+    for t in range(tokens):
+        for k in range(columns):
+            words = philox4x32(torch.tensor([t * 3 + k // 8]), DRAW["stream"], DRAW["counter"], DROPOUT, seed=1)
+            bits = int(words[k % 8 // 2]) >> 16 * (k % 2) & 0xFFFF
+            assert bool(mask[t, k]) == (bits >= round(0.3 * 65536))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.999])
+def test_masks_keep_what_they_should(p: float) -> None:
+    mask = dropout_mask(512, 896, p, **DRAW)
+    assert mask.shape == (512, 896)
+    kept, deviation = 1 - threshold(p) / 2**16, (p * (1 - p) / mask.numel()) ** 0.5
+    assert abs(mask.double().mean() - kept) <= 5 * deviation
+    for by in (0, 1):  # nor does a row or a column stand out
+        n = mask.shape[by]
+        assert ((mask.double().mean(by) - kept).abs() <= 5.5 * (p * (1 - p) / n) ** 0.5 + 1e-9).all()
+
+
+def test_masks_of_other_adapters_steps_and_seeds_are_others() -> None:
+    """Two masks agree where chance says, half the time at p = 1/2; so do neighbours within one."""
+    mask, chance = dropout_mask(256, 512, 0.5, **DRAW), 5 * 0.5 / (256 * 512) ** 0.5
+    others = [dropout_mask(256, 512, 0.5, **DRAW | {key: 7}) for key in DRAW]
+    others += [dropout_mask(256, 512, 0.5, **DRAW | {key: DRAW[key] + 2**32}) for key in ("seed",)]
+    others += [mask.roll(n, by) for n, by in ((1, 0), (1, 1), (2, 1), (4, 1), (8, 1))]
+    for other in others:
+        assert abs((mask == other).double().mean() - 0.5) < chance
+    assert torch.equal(mask[:100], dropout_mask(100, 512, 0.5, **DRAW))  # an element's own, however many tokens
+
+
+def test_the_counter_may_lie_on_the_device() -> None:
+    for shape in ((), (1,)):
+        counter = torch.full(shape, 3, dtype=torch.int64)
+        assert torch.equal(dropout_mask(9, 20, 0.3, **DRAW | {"counter": counter}), dropout_mask(9, 20, 0.3, **DRAW))
+
+
+def test_no_tokens() -> None:
+    assert dropout_mask(0, 20, 0.3, **DRAW).shape == (0, 20)
+
+
+def test_a_probability_of_one_is_refused() -> None:
+    with pytest.raises(AssertionError):
+        threshold(1.0)

@@ -34,7 +34,6 @@ from chronicals.kernels.fused.adamw_words import (
     load_masked,
     load_pair,
     next_word,
-    philox,
     raised,
     raised_second,
     raised_weight,
@@ -42,13 +41,16 @@ from chronicals.kernels.fused.adamw_words import (
     second_word,
     store_pair,
 )
+from chronicals.kernels.fused.philox import philox
 from chronicals.kernels.fused.pointers import PointerTable
+from chronicals.kernels.philox import ROUNDING
 
 # rows of the table of addresses
 WEIGHT, MASTER, GRAD, FIRST, SECOND, EXPONENTS = range(6)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 _TILE, _BLOCK, _LANES, _CALLS = tl.constexpr(TILE), tl.constexpr(BLOCK), tl.constexpr(LANES), tl.constexpr(CALLS)
+_ROUNDING = tl.constexpr(ROUNDING)
 _ROWS = tl.constexpr(CALLS // LANES)  # the elements that share a call's word lie so many blocks apart
 
 
@@ -294,7 +296,9 @@ def adamw_kernel(
             # reads nothing: a load settles the layout of what is made from it, or Philox would run for two layouts
             anchor = tl.load(first + call, mask=call < 0, other=0).to(tl.int32)
             counter = (tile * _CALLS).to(tl.int32) + call + anchor
-            r0, r1, r2, r3 = philox(tl.load(SEED), counter, counter * 0 + stream, counter * 0 + step)
+            r0, r1, r2, r3 = philox(
+                tl.load(SEED), counter, counter * 0 + stream, counter * 0 + step, counter * 0 + _ROUNDING
+            )
         if left == _TILE:
             _parts(
                 weight, master, grad, first, second, exponents, left, r0, r1, r2, r3, clip, clip_root, decay, root, eps,

@@ -1,4 +1,4 @@
-"""What the fused AdamW does to words: pairs of numbers in and out of memory, stochastic rounding, codes, random words.
+"""What the fused AdamW does to words: pairs of numbers in and out of memory, stochastic rounding, codes.
 
 Formats and random words are those of `chronicals/kernels/adamw.py`. Everything here is written for the fewest
 instructions an element: a shift and a mask unpack a number, one addition with a shift rounds one, and no byte is moved
@@ -10,9 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from chronicals.kernels.adamw import LCG_ADD, LCG_MULTIPLY, PHILOX_ROUNDS, TOP
+from chronicals.kernels.adamw import LCG_ADD, LCG_MULTIPLY, TOP
 
-_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 _LCG_MULTIPLY, _LCG_ADD = tl.constexpr(LCG_MULTIPLY - 2**32), tl.constexpr(LCG_ADD)  # as signed numbers
 _ROOM = tl.constexpr((1 << 23) - TOP)
 _UPPER = tl.constexpr(-65536)  # the mask of a word's upper half
@@ -135,26 +134,6 @@ def block_exponent(largest: tl.tensor) -> tl.tensor:
 def larger_bits(x: tl.tensor, y: tl.tensor) -> tl.tensor:
     """Of two numbers above zero, as bits, since integers have the quicker reduction."""
     return tl.maximum(x.to(tl.int32, bitcast=True), y.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def philox(seed: tl.tensor, c0: tl.tensor, c1: tl.tensor, c2: tl.tensor) -> tl.tensor:
-    """Four words of Philox4x32, key `seed`, counter (c0, c1, c2, 0). Not tl.philox: a product in 64 bits is one
-    instruction, its two halves are two."""
-    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)  # seed is an int64
-    c0, c1, c2 = c0.to(tl.uint32, bitcast=True), c1.to(tl.uint32, bitcast=True), c2.to(tl.uint32, bitcast=True)
-    c3 = c0 * 0
-    for _ in tl.static_range(_ROUNDS):
-        even, odd = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
-        c0, c2 = (odd >> 32).to(tl.uint32) ^ c1 ^ key0, (even >> 32).to(tl.uint32) ^ c3 ^ key1
-        c1, c3 = odd.to(tl.uint32), even.to(tl.uint32)
-        key0, key1 = key0 + 0x9E3779B9, key1 + 0xBB67AE85
-    return (
-        c0.to(tl.int32, bitcast=True),
-        c1.to(tl.int32, bitcast=True),
-        c2.to(tl.int32, bitcast=True),
-        c3.to(tl.int32, bitcast=True),
-    )
 
 
 @triton.jit
