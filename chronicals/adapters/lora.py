@@ -89,8 +89,8 @@ class LoRAProjection(Projection):
         for target, (start, stop) in self.rows.items():
             yield slice(start, stop), self.lora_A[target], self.lora_B[target]
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        out = super().forward(x, out)
         for part, a, b in self._adapters():
             out[:, part].addmm_(x @ a.t(), b.t(), alpha=self.scaling)
         return out
@@ -101,7 +101,7 @@ class LoRAProjection(Projection):
             d_x.addmm_(d_out[:, part] @ b, a, alpha=self.scaling)
         return d_x
 
-    def weight_grads(self, d_out: Tensor, x: Tensor, gradients: WeightGradients) -> None:
+    def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
         for part, a, b in self._adapters():
             d_part = d_out[:, part]
             gradients.matmul(a, (d_part @ b).mul_(self.scaling).t(), x)
@@ -154,6 +154,7 @@ def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42) -> None:
         if rows:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LoRAProjection(module, rows, lora, generator))
+            model.projections_changed()
             found = True
     if not found:
         raise UserError(f"no linear layer of the model is a target: {lora.targets}", "see lora_target_modules")

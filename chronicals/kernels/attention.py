@@ -136,10 +136,21 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        out: Tensor | None = None,
+        **options: Unpack[Options],
     ) -> tuple[Tensor, Tensor]:
-        """-> out (T, Nq, D) contiguous, and lse (Nq, T) float32 (float64 for float64): the logarithm of each row's sum
-        of exp(s_ij).
+        """-> out (T, Nq, D), and lse (Nq, T) float32 (float64 for float64): the logarithm of each row's sum of
+        exp(s_ij).
+
+        Args:
+            out: where to write it, a token's heads side by side. None: a new one, contiguous.
 
         Raises:
             ValueError: this backend cannot; the message names one that can.
@@ -167,9 +178,9 @@ class AttentionBackend(ABC):
         """
 
 
-def no_rows(q: Tensor) -> tuple[Tensor, Tensor]:
+def no_rows(q: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """What `AttentionBackend.forward` returns for a batch without rows, which libraries refuse or crash on."""
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], 0, dtype=torch.float32)
+    return q.new_empty(q.shape) if out is None else out, q.new_empty(q.shape[1], 0, dtype=torch.float32)
 
 
 class _Attention(torch.autograd.Function):
@@ -215,19 +226,28 @@ class PerDocument(AttentionBackend):
         return _per_document(q, k, v, cu_seqlens, **options)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        out: Tensor | None = None,
+        **options: Unpack[Options],
     ) -> tuple[Tensor, Tensor]:
         if _has_cpu_kernel(q, **options):
-            return _cpu_forward(q, k, v, cu_seqlens, options.get("window"), options.get("scale"))
+            out = q.new_empty(q.shape) if out is None else out
+            return out, _cpu_forward(q, k, v, cu_seqlens, out, options.get("window"), options.get("scale"))
         with torch.no_grad():
-            out = _per_document(q, k, v, cu_seqlens, **options)
+            attended = _per_document(q, k, v, cu_seqlens, **options)
             # float32, as q . k may leave float16's range before it is scaled
             wide = torch.promote_types(q.dtype, torch.float32)
             lse = [
                 _document_scores(query.to(wide), key.to(wide), **options).logsumexp(-1)
                 for query, key in _documents(cu_seqlens, q, k)
             ]
-        return out.contiguous(), torch.cat(lse, dim=1)
+        return attended.contiguous() if out is None else out.copy_(attended), torch.cat(lse, dim=1)
 
     def backward(
         self,
@@ -269,9 +289,10 @@ def _cpu_layout(length: int, window: int | None, dtype: torch.dtype) -> tuple[bo
 
 
 def _cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, window: int | None, scale: float | None
+) -> Tensor:
+    """Writes out (T, Nq, D) and returns lse (Nq, T)."""
+    lse = q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
     for query, key, value, result, sums in _documents(cu_seqlens, q, k, v, out, lse.T):
         if len(query):
             heads = [x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
@@ -281,7 +302,7 @@ def _cpu_forward(
             )
             result.copy_(attended.squeeze(0).transpose(0, 1))
             sums.copy_(logsumexp.squeeze(0).T)
-    return out, lse
+    return lse
 
 
 def _cpu_backward(
@@ -323,15 +344,23 @@ class TorchVarlen(AttentionBackend):
     """
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        out: Tensor | None = None,
+        **options: Unpack[Options],
     ) -> tuple[Tensor, Tensor]:
         self._check(q, **options)
         if not len(q):
-            return no_rows(q)
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            return no_rows(q, out)
+        attended, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False, **_torch_options(**options)
         )
-        return out, lse
+        return attended if out is None else out.copy_(attended), lse
 
     def backward(
         self,
@@ -394,9 +423,17 @@ class ByDevice(AttentionBackend):
     """`plain_backend` of whatever tensors come."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        out: Tensor | None = None,
+        **options: Unpack[Options],
     ) -> tuple[Tensor, Tensor]:
-        return plain_backend(q.device, q.dtype).forward(q, k, v, cu_seqlens, max_seqlen, **options)
+        return plain_backend(q.device, q.dtype).forward(q, k, v, cu_seqlens, max_seqlen, out=out, **options)
 
     def backward(self, d_out: Tensor, q: Tensor, *rest: Any, **options: Unpack[Options]) -> None:
         plain_backend(q.device, q.dtype).backward(d_out, q, *rest, **options)

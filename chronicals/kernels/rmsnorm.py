@@ -61,11 +61,11 @@ def rmsnorm_forward(
 
 
 def add_rmsnorm_forward(
-    residual: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    residual: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum (T, H) of two (T, H), its norm (T, H), and rstd (T,)."""
+    """The sum (T, H) of two (T, H), its norm (T, H), written to `out` where given, and rstd (T,)."""
     total = residual + delta
-    return total, *rmsnorm_forward(total, weight, eps, offset)
+    return total, *rmsnorm_forward(total, weight, eps, offset, out=out)
 
 
 def rmsnorm_recompute(

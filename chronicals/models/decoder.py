@@ -133,6 +133,7 @@ class Decoder(nn.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Projection(config.hidden_size, config.vocab_size, ops, bias=False, **factory)
         self.sink: GradSink = Autograd()
+        self._placing: Callable[[], None] | None = None  # made at the first forward pass
 
     def set_recompute(self, policy: Recompute, layers: int | None = None) -> None:
         """What backward computes again instead of keeping it (see layer.py): in the first `layers` layers, or in all;
@@ -170,10 +171,29 @@ class Decoder(nn.Module):
         self.sink.start()
         cos, sin, rows = self.rotary_emb(positions, cu_seqlens, max_seqlen)
         stream = Stream(cos, sin, rows, cu_seqlens, max_seqlen, self.sink)
-        residual, delta = self.embed_tokens(tokens, token_order, self.sink), None
+        self._place()
+        residual, delta, room = self.embed_tokens(tokens, token_order, self.sink), None, 0
         for layer in self.layers:
-            residual, delta = layer(residual, delta, stream)
-        return final_norm(self.norm, residual, delta, self.sink)
+            assert isinstance(layer, DecoderLayer)
+            residual, delta = layer(residual, delta, stream, room)
+            room = layer.out_room
+        return final_norm(self.norm, residual, delta, self.sink, room)
+
+    def _place(self) -> None:
+        """What projections multiply by becomes what their parameters are now."""
+        if self._placing is None:
+            projections = [module for module in self.modules() if isinstance(module, Projection)]
+            self._placing = self.ops.place_adapters([pair for module in projections for pair in module.placements()])
+        self._placing()
+
+    def projections_changed(self) -> None:
+        """Says that projections were put in, or that parameters lie elsewhere now."""
+        self._placing = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        super()._apply(fn, recurse)
+        self.projections_changed()
+        return self
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -17,6 +17,10 @@ What is kept for backward, and what is computed again, is a layer's `recompute`:
     mlp     nor the gate-up projection's output: one more matmul
     full    nothing but the layer's input: the whole layer again, except its last projection
 
+Inputs of projections and gradients of their outputs are allocated with the room that the projections want behind them
+(projection.py); what a projection left behind an input that is not kept is kept by itself, being thin. A gradient that
+nobody reads, as there is nothing trained before it, is not computed.
+
 Left out: dropout, and norms after the halves (Gemma 2).
 
 Shapes: T tokens, H hidden, Nq and Nk query and key heads, D head width, F intermediate.
@@ -36,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from chronicals.kernels.grad_sink import GradSink, WeightGradients
 from chronicals.kernels.ops import Ops
 from chronicals.models.config import ModelConfig
-from chronicals.models.projection import Projection
+from chronicals.models.projection import Projection, outlet, with_room
 
 Recompute = Literal["none", "light", "mlp", "full"]
 _DROPPED: dict[Recompute, tuple[str, ...]] = {
@@ -70,15 +74,17 @@ class RMSNorm(nn.Module):
         """(..., size) -> its norm, and rstd (rows,)."""
         return self.ops.rmsnorm_forward(x, self.weight, self.eps, out=out)
 
-    def add(self, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, size) each -> their sum, its norm, rstd (T,). Before the first half there is no delta."""
+    def add(self, residual: Tensor, delta: Tensor | None, room: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, size) each -> their sum, its norm with `room` behind it, rstd (T,). Before the first half there is no
+        delta."""
+        out = outlet(residual, residual.shape[1], room)
         if delta is None:
-            return residual, *self(residual)
-        return self.ops.add_rmsnorm_forward(residual, delta, self.weight, self.eps)
+            return residual, *self(residual, out)
+        return self.ops.add_rmsnorm_forward(residual, delta, self.weight, self.eps, out=out)
 
-    def again(self, x: Tensor, rstd: Tensor) -> Tensor:
-        """The norm of x once more."""
-        return self.ops.rmsnorm_recompute(x, rstd, self.weight)
+    def again(self, x: Tensor, rstd: Tensor, room: int = 0) -> Tensor:
+        """The norm of x once more, with `room` behind it."""
+        return self.ops.rmsnorm_recompute(x, rstd, self.weight, out=outlet(x, x.shape[1], room))
 
     def backward(
         self,
@@ -125,6 +131,11 @@ class Attention(nn.Module):
         """(T, (Nq + 2 Nk) D) -> views q (T, Nq, D), k and v (T, Nk, D)."""
         q, k, v = qkv.unflatten(1, (-1, self.width)).split((self.queries, self.keys, self.keys), dim=1)
         return q, k, v
+
+    def outlet(self, qkv: Tensor) -> Tensor | None:
+        """Where attention writes (T, Nq, D), if o_proj wants room behind its rows."""
+        out = outlet(qkv, self.queries * self.width, self.o_proj.in_room)
+        return None if out is None else out.unflatten(1, (-1, self.width))
 
     def turn(self, qkv: Tensor, stream: Stream) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What attention reads its q, k and v from, and rstd of q and k where they are normed; may overwrite `qkv`."""
@@ -177,6 +188,7 @@ class AttentionSaved:
     x: Tensor  # (T, H), the sum that was normed
     rstd: Tensor  # (T,) float32
     normed: Tensor | None  # (T, H)
+    normed_kept: Tensor | None  # what qkv_proj left behind `normed`, where that is not kept
     qkv: Tensor  # (T, (Nq + 2 Nk) D), as projected; turned in place where q and k are not normed
     turned: Tensor  # the same shape: what attention read; where q and k are not normed it is `qkv`
     q_rstd: Tensor | None
@@ -190,17 +202,24 @@ class MLPSaved:
     x: Tensor  # (T, H), the sum that was normed
     rstd: Tensor  # (T,) float32
     normed: Tensor | None  # (T, H)
+    normed_kept: Tensor | None  # what gate_up_proj left behind `normed`, where that is not kept
     gate_up: Tensor | None  # (T, 2F)
     product: Tensor | None  # (T, F)
+    product_kept: Tensor | None  # what down_proj left behind `product`
 
 
 @dataclass(frozen=True)
 class LayerSaved:
     x: Tensor  # (T, H), the sum that the first half normed
+    product_kept: Tensor | None  # as in MLPSaved: the last projection does not run again
 
 
 class Unit(Protocol):
     """A stretch of a layer that autograd sees as one function."""
+
+    @property
+    def out_room(self) -> int:
+        """The room that `backward` wants behind the gradient it is given."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its weights, always in the same order."""
@@ -208,8 +227,11 @@ class Unit(Protocol):
     def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, Any]:
         """(T, H) each -> the same pair behind it, and what backward needs: a dataclass of tensors."""
 
-    def backward(self, saved: Any, d: Tensor, stream: Stream, gradients: WeightGradients) -> Tensor:
-        """(T, H), the gradient of both outputs -> that of both inputs. May overwrite what was saved."""
+    def backward(
+        self, saved: Any, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None
+    ) -> Tensor | None:
+        """(T, H), the gradient of both outputs -> that of both inputs, with `room` behind it; where `room` is None
+        nobody reads it. May overwrite what was saved."""
 
 
 class AttentionHalf:
@@ -219,19 +241,27 @@ class AttentionHalf:
         self.norm, self.attention, self.ops = norm, attention, ops
         self.dropped: tuple[str, ...] = ()
 
+    @property
+    def out_room(self) -> int:
+        return self.attention.o_proj.out_room
+
     def parameters(self) -> Iterator[nn.Parameter]:
         return chain(self.norm.parameters(), self.attention.parameters())
 
     def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> AttentionSaved:
         """All of the forward pass but the last projection."""
         attention = self.attention
-        x, normed, rstd = self.norm.add(residual, delta)
+        x, normed, rstd = self.norm.add(residual, delta, attention.qkv_proj.in_room)
         qkv = attention.qkv_proj(normed)
         turned, q_rstd, k_rstd = attention.turn(qkv, stream)
         out, lse = self.ops.attention.forward(
-            *attention.heads(turned), stream.cu_seqlens, stream.max_seqlen, window=attention.window
+            *attention.heads(turned),
+            stream.cu_seqlens,
+            stream.max_seqlen,
+            window=attention.window,
+            out=attention.outlet(qkv),
         )
-        return AttentionSaved(x, rstd, normed, qkv, turned, q_rstd, k_rstd, out, lse)
+        return AttentionSaved(x, rstd, normed, None, qkv, turned, q_rstd, k_rstd, out, lse)
 
     def output(self, saved: AttentionSaved) -> Tensor:
         """The last projection: (T, H)."""
@@ -239,13 +269,18 @@ class AttentionHalf:
 
     def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, AttentionSaved]:
         saved = self.record(residual, delta, stream)
-        return saved.x, self.output(saved), _without(saved, self.dropped)
+        delta = self.output(saved)
+        if "normed" in self.dropped:
+            saved = replace(saved, normed=None, normed_kept=_alone(self.attention.qkv_proj, saved.normed))
+        return saved.x, delta, saved
 
-    def backward(self, saved: AttentionSaved, d: Tensor, stream: Stream, gradients: WeightGradients) -> Tensor:
-        attention = self.attention
-        attention.o_proj.weight_grads(d, saved.out.flatten(1), gradients)
+    def backward(
+        self, saved: AttentionSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None
+    ) -> Tensor | None:
+        attention, out = self.attention, saved.out.flatten(1)
         d_out = attention.o_proj.input_grad(d).view_as(saved.out)
-        d_qkv = torch.empty_like(saved.turned)
+        attention.o_proj.weight_grads(d, out, attention.o_proj.kept(out), gradients)
+        d_qkv = with_room(saved.turned, saved.turned.shape[1], attention.qkv_proj.out_room)
         self.ops.attention.backward(
             d_out,
             *attention.heads(saved.turned),
@@ -259,9 +294,8 @@ class AttentionHalf:
         del d_out
         attention.turn_back(d_qkv, saved, stream, gradients)
         normed = self.norm.again(saved.x, saved.rstd) if saved.normed is None else saved.normed
-        attention.qkv_proj.weight_grads(d_qkv, normed, gradients)
-        d_normed = attention.qkv_proj.input_grad(d_qkv)
-        return self.norm.backward(d_normed, saved.x, saved.rstd, gradients, d_residual=d)
+        kept = _kept(attention.qkv_proj, saved.normed, saved.normed_kept)
+        return _behind_norm(self.norm, attention.qkv_proj, saved, normed, kept, d_qkv, d, gradients, room)
 
 
 class MLPHalf:
@@ -271,14 +305,25 @@ class MLPHalf:
         self.norm, self.mlp, self.activation, self.ops = norm, mlp, activation, ops
         self.dropped: tuple[str, ...] = ()
 
+    @property
+    def out_room(self) -> int:
+        return self.mlp.down_proj.out_room
+
     def parameters(self) -> Iterator[nn.Parameter]:
         return chain(self.norm.parameters(), self.mlp.parameters())
 
+    def gate_up(self, normed: Tensor) -> Tensor:
+        """(T, H) -> (T, 2F), where its gradient will lie too."""
+        projection = self.mlp.gate_up_proj
+        return projection(normed, outlet(normed, projection.weight.shape[0], projection.out_room))
+
     def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> MLPSaved:
         """All of the forward pass but the last projection."""
-        x, normed, rstd = self.norm.add(residual, delta)
-        gate_up = self.mlp.gate_up_proj(normed)
-        return MLPSaved(x, rstd, normed, gate_up, self.ops.glu_forward(gate_up, self.activation))
+        x, normed, rstd = self.norm.add(residual, delta, self.mlp.gate_up_proj.in_room)
+        gate_up, down_proj = self.gate_up(normed), self.mlp.down_proj
+        out = outlet(gate_up, down_proj.weight.shape[1], down_proj.in_room)
+        product = self.ops.glu_forward(gate_up, self.activation, out=out)
+        return MLPSaved(x, rstd, normed, None, gate_up, product, None)
 
     def output(self, saved: MLPSaved) -> Tensor:
         """The last projection: (T, H)."""
@@ -287,21 +332,65 @@ class MLPHalf:
 
     def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, MLPSaved]:
         saved = self.record(residual, delta, stream)
-        return saved.x, self.output(saved), _without(saved, self.dropped)
+        delta = self.output(saved)
+        if "product" in self.dropped:
+            saved = replace(saved, product=None, product_kept=_alone(self.mlp.down_proj, saved.product))
+        if "gate_up" in self.dropped:  # with it comes again what stands behind `normed`
+            saved = replace(saved, normed=None, gate_up=None)
+        elif "normed" in self.dropped:
+            saved = replace(saved, normed=None, normed_kept=_alone(self.mlp.gate_up_proj, saved.normed))
+        return saved.x, delta, saved
 
-    def backward(self, saved: MLPSaved, d: Tensor, stream: Stream, gradients: WeightGradients) -> Tensor:
-        mlp = self.mlp
-        normed = self.norm.again(saved.x, saved.rstd) if saved.normed is None else saved.normed
-        gate_up = mlp.gate_up_proj(normed) if saved.gate_up is None else saved.gate_up
-        d_product = mlp.down_proj.input_grad(d)
+    def backward(
+        self, saved: MLPSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None
+    ) -> Tensor | None:
+        norm, gate_up_proj, down_proj = self.norm, self.mlp.gate_up_proj, self.mlp.down_proj
+        normed = norm.again(saved.x, saved.rstd, gate_up_proj.in_room) if saved.normed is None else saved.normed
+        gate_up = self.gate_up(normed) if saved.gate_up is None else saved.gate_up
+        d_product = down_proj.input_grad(d)
         # the gradient takes the place of gate_up and, where the product was not kept, the product that of its gradient
         again = d_product if saved.product is None else None
         d_gate_up = self.ops.glu_backward(d_product, gate_up, self.activation, d_gate_up=gate_up, out=again)
-        mlp.down_proj.weight_grads(d, d_product if saved.product is None else saved.product, gradients)
-        del d_product, again
-        mlp.gate_up_proj.weight_grads(d_gate_up, normed, gradients)
-        d_normed = mlp.gate_up_proj.input_grad(d_gate_up)
-        return self.norm.backward(d_normed, saved.x, saved.rstd, gradients, d_residual=d)
+        product = d_product if saved.product is None else saved.product
+        kept = _kept(down_proj, saved.product, saved.product_kept)
+        down_proj.weight_grads(d, product, kept, gradients)
+        del d_product, again, product
+        kept = _kept(gate_up_proj, normed, saved.normed_kept)
+        return _behind_norm(norm, gate_up_proj, saved, normed, kept, d_gate_up, d, gradients, room)
+
+
+def _alone(projection: Projection, x: Tensor | None) -> Tensor | None:
+    """What the projection left behind x, without x."""
+    kept = None if x is None else projection.kept(x)
+    return None if kept is None else kept.contiguous()
+
+
+def _kept(projection: Projection, x: Tensor | None, alone: Tensor | None) -> Tensor | None:
+    """What the projection left behind x: kept alone, or still there."""
+    return projection.kept(x) if alone is None and x is not None else alone
+
+
+def _behind_norm(
+    norm: RMSNorm,
+    projection: Projection,
+    saved: AttentionSaved | MLPSaved,
+    normed: Tensor,
+    kept: Tensor | None,
+    d_out: Tensor,
+    d: Tensor,
+    gradients: WeightGradients,
+    room: int | None,
+) -> Tensor | None:
+    """Back through a half's first projection and its norm: d_out (T, out), and d (T, H), which passes the half by ->
+    (T, H)."""
+    if room is None and not norm.weight.requires_grad:
+        projection.grad_operands(d_out)
+        projection.weight_grads(d_out, normed, kept, gradients)
+        return None
+    d_normed = projection.input_grad(d_out)
+    projection.weight_grads(d_out, normed, kept, gradients)
+    out = outlet(d, d.shape[1], room or 0)
+    return norm.backward(d_normed, saved.x, saved.rstd, gradients, d_residual=d, out=out)
 
 
 class WholeLayer:
@@ -309,6 +398,10 @@ class WholeLayer:
 
     def __init__(self, attention: AttentionHalf, mlp: MLPHalf) -> None:
         self.attention, self.mlp = attention, mlp
+
+    @property
+    def out_room(self) -> int:
+        return self.mlp.out_room
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return chain(self.attention.parameters(), self.mlp.parameters())
@@ -319,13 +412,18 @@ class WholeLayer:
 
     def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, LayerSaved]:
         first, second = self.record(residual, delta, stream)
-        return second.x, self.mlp.output(second), LayerSaved(first.x)
+        delta = self.mlp.output(second)
+        return second.x, delta, LayerSaved(first.x, _alone(self.mlp.mlp.down_proj, second.product))
 
-    def backward(self, saved: LayerSaved, d: Tensor, stream: Stream, gradients: WeightGradients) -> Tensor:
+    def backward(
+        self, saved: LayerSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None
+    ) -> Tensor | None:
         first, second = self.record(saved.x, None, stream)
-        d = self.mlp.backward(second, d, stream, gradients)
-        del second
-        return self.attention.backward(first, d, stream, gradients)
+        second = replace(second, product_kept=saved.product_kept)
+        read = room is not None or any(weight.requires_grad for weight in self.attention.parameters())
+        between = self.mlp.backward(second, d, stream, gradients, self.attention.out_room if read else None)
+        del second, d
+        return None if between is None else self.attention.backward(first, between, stream, gradients, room)
 
 
 class _Run(torch.autograd.Function):
@@ -333,10 +431,11 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, unit: Unit, stream: Stream, residual: Tensor, delta: Tensor | None, *weights: Tensor
+        ctx: Any, unit: Unit, stream: Stream, room: int, residual: Tensor, delta: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         x, out, saved = unit.forward(residual, delta, stream)
         ctx.unit, ctx.stream, ctx.kind, ctx.has_delta = unit, stream, type(saved), delta is not None
+        ctx.room = room
         ctx.save_for_backward(*(getattr(saved, field.name) for field in fields(saved)))
         return x, out
 
@@ -346,10 +445,11 @@ class _Run(torch.autograd.Function):
         assert d_x.data_ptr() == d_out.data_ptr(), "both outputs feed one sum, and nothing else"
         assert ctx.unit is not None, "backward overwrites what forward kept: it runs once"
         gradients = WeightGradients(ctx.stream.sink)
-        d = ctx.unit.backward(ctx.kind(*ctx.saved_tensors), d_x, ctx.stream, gradients)
+        room = ctx.room if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else None
+        d = ctx.unit.backward(ctx.kind(*ctx.saved_tensors), d_x, ctx.stream, gradients, room)
         returned = gradients.of(ctx.unit.parameters())
         ctx.unit = None
-        return None, None, d, d if ctx.has_delta else None, *returned
+        return None, None, None, d, d if ctx.has_delta else None, *returned
 
 
 class DecoderLayer(nn.Module):
@@ -380,10 +480,19 @@ class DecoderLayer(nn.Module):
         for half in self._halves:
             half.dropped = _DROPPED.get(policy, ())
 
-    def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor | None]:
-        """(T, H) each -> the pair behind this layer, whose sum is the stream."""
+    @property
+    def out_room(self) -> int:
+        """The room that its backward pass wants behind the gradient of its outputs."""
+        return self._units[-1].out_room
+
+    def forward(
+        self, residual: Tensor, delta: Tensor | None, stream: Stream, room: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """(T, H) each -> the pair behind this layer, whose sum is the stream. Backward leaves `room` behind the
+        gradient of the inputs."""
         for unit in self._units:
-            residual, delta = _Run.apply(unit, stream, residual, delta, *unit.parameters())
+            residual, delta = _Run.apply(unit, stream, room, residual, delta, *unit.parameters())
+            room = unit.out_room
         return residual, delta
 
 
@@ -392,10 +501,10 @@ class _FinalNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, norm: RMSNorm, sink: GradSink, residual: Tensor, delta: Tensor | None, weight: Tensor
+        ctx: Any, norm: RMSNorm, sink: GradSink, room: int, residual: Tensor, delta: Tensor | None, weight: Tensor
     ) -> Tensor:
         x, normed, rstd = norm.add(residual, delta)
-        ctx.norm, ctx.sink, ctx.has_delta = norm, sink, delta is not None
+        ctx.norm, ctx.sink, ctx.room, ctx.has_delta = norm, sink, room, delta is not None
         ctx.save_for_backward(x, rstd)
         return normed
 
@@ -403,15 +512,11 @@ class _FinalNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor | None, ...]:
         gradients = WeightGradients(ctx.sink)
-        d = ctx.norm.backward(d_normed, *ctx.saved_tensors, gradients)
-        return None, None, d, d if ctx.has_delta else None, *gradients.of([ctx.norm.weight])
+        x, rstd = ctx.saved_tensors
+        d = ctx.norm.backward(d_normed, x, rstd, gradients, out=outlet(x, x.shape[1], ctx.room))
+        return None, None, None, d, d if ctx.has_delta else None, *gradients.of([ctx.norm.weight])
 
 
-def final_norm(norm: RMSNorm, residual: Tensor, delta: Tensor | None, sink: GradSink) -> Tensor:
-    """(T, H) each -> the norm of their sum, differentiable."""
-    return _FinalNorm.apply(norm, sink, residual, delta, norm.weight)
-
-
-def _without(saved: Any, dropped: tuple[str, ...]) -> Any:
-    """A copy without these fields, as far as it has them."""
-    return replace(saved, **{field.name: None for field in fields(saved) if field.name in dropped})
+def final_norm(norm: RMSNorm, residual: Tensor, delta: Tensor | None, sink: GradSink, room: int = 0) -> Tensor:
+    """(T, H) each -> the norm of their sum, differentiable. Backward leaves `room` behind the gradient of both."""
+    return _FinalNorm.apply(norm, sink, room, residual, delta, norm.weight)

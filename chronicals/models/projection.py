@@ -3,9 +3,15 @@
 A plain projection holds its weight as it is. A LoRA projection takes its place in a built model (adapters/lora.py);
 the layers do not know which one they run. Forward and backward are methods without autograd: the layer halves call
 them from autograd functions of their own (see layer.py).
+
+A projection may want room: free columns behind the rows of its input and of its output's gradient, where it puts what
+belongs to them, so that one matmul reads both. Whoever produces such a tensor allocates it with `with_room` or hands
+`outlet` to the op that writes it; a plain projection wants none.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +21,35 @@ from chronicals.kernels.grad_sink import WeightGradients
 from chronicals.kernels.ops import Ops
 
 
+def with_room(like: Tensor, columns: int, room: int) -> Tensor:
+    """(T, columns) to be written, T the rows of `like`; `room` free columns lie behind each row."""
+    return like.new_empty(len(like), columns + room)[:, :columns]
+
+
+def outlet(like: Tensor, columns: int, room: int) -> Tensor | None:
+    """`with_room` for an op's `out`; None, and the op makes its own, where no room is wanted."""
+    return with_room(like, columns, room) if room else None
+
+
+def widened(x: Tensor, room: int) -> Tensor:
+    """(T, columns) from `with_room` -> (T, columns + room), the room included."""
+    width = x.shape[1] + room
+    assert x.stride() == (width, 1), f"rows of {x.shape[1]} and no room of {room} behind them: strides {x.stride()}"
+    return x.as_strided((len(x), width), x.stride(), x.storage_offset())
+
+
 class Projection(nn.Module):
     """`y = x W^T + b`, weight (out, in), the fused outputs of several Hugging Face projections stacked along `out`.
 
     Parameters are uninitialised until `Decoder.init_weights` or `load_model` fills them.
+
+    Attributes:
+        in_room: columns of room that `forward` wants behind its input.
+        out_room: columns of room that `input_grad` wants behind the gradient of its output.
     """
+
+    in_room = 0
+    out_room = 0
 
     def __init__(
         self,
@@ -36,19 +66,53 @@ class Projection(nn.Module):
         self.ops = ops
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, in) -> (T, out)."""
-        return F.linear(x, self.weight, self.bias)
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, in) -> left and right of `y = left @ right.T + bias`, for a matmul that has more to do; fills the room
+        behind x."""
+        return x, self.weight
+
+    def grad_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, out) -> left and right of `dx = left @ right`; fills the room behind d_out."""
+        return d_out, self.weight
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """(T, in) -> (T, out), written to `out` where given."""
+        left, right = self.operands(x)
+        if out is None:
+            return F.linear(left, right, self.bias)
+        if self.bias is None:
+            return torch.mm(left, right.t(), out=out)
+        return torch.addmm(self.bias, left, right.t(), out=out)
 
     def input_grad(self, d_out: Tensor) -> Tensor:
         """(T, out) -> (T, in)."""
-        return d_out @ self.weight
+        left, right = self.grad_operands(d_out)
+        return left @ right
 
-    def weight_grads(self, d_out: Tensor, x: Tensor, gradients: WeightGradients) -> None:
-        """The gradients of weight and bias, from d_out (T, out) and the forward's x (T, in)."""
+    def kept(self, x: Tensor) -> Tensor | None:
+        """What `weight_grads` will want of what `forward` left behind x: a view, or None."""
+        return None
+
+    def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
+        """The gradients of its parameters, behind `input_grad` or `grad_operands` of the same d_out.
+
+        Args:
+            d_out: (T, out), what stands in the room behind it included.
+            x: (T, in), the forward's input; nothing behind it is read.
+            kept: of the forward's input.
+            gradients: where they go.
+        """
         gradients.matmul(self.weight, d_out.t(), x)
+        self.bias_grad(d_out, gradients)
+
+    def bias_grad(self, d_out: Tensor, gradients: WeightGradients) -> None:
+        """The gradient of the bias, where it is trained."""
         if self.bias is not None and self.bias.requires_grad:
             place = gradients.place(self.bias, self.ops.column_parts(*d_out.shape, d_out.device))
             partials = self.ops.column_partials(d_out, partial=place)
             if place is None:
                 gradients.sum(self.bias, partials, self.ops.reduce_partials)
+
+    def placements(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What must be copied before each forward pass of the model: pairs for `ops.place_adapters`."""
+        return iter(())

@@ -128,8 +128,8 @@ def test_one_step_passes_although_a_has_no_gradient_yet(folder: Path) -> None:
 
 
 def test_a_b_that_never_moves_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(self: LoRAProjection, d_out: Tensor, x: Tensor, gradients: Any) -> None:
-        whole(self, d_out, x, Zeroed(gradients, self.lora_B.get("up_proj")))
+    def half(self: LoRAProjection, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: Any) -> None:
+        whole(self, d_out, x, kept, Zeroed(gradients, self.lora_B.get("up_proj")))
 
     class Zeroed:
         """Writes zeros as the gradient of one parameter."""

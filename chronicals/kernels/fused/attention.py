@@ -53,14 +53,22 @@ class FlashAttention4(AttentionBackend):
         return start_import().result()
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        out: Tensor | None = None,
+        **options: Unpack[Options],
     ) -> tuple[Tensor, Tensor]:
         _check(q)
         if not len(q):
-            return no_rows(q)
+            return no_rows(q, out)
         known = _options(cu_seqlens, max_seqlen, **options)
-        out, lse = self.interface._flash_attn_fwd(q, k, v, return_lse=True, **known)[:2]
-        return out, lse
+        attended, lse = self.interface._flash_attn_fwd(q, k, v, return_lse=True, out=out, **known)[:2]
+        return attended, lse
 
     def backward(
         self,
