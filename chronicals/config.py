@@ -166,10 +166,23 @@ class TrainConfig(_Strict):
     """Adapters are scaled by `lora_alpha / lora_r` (default twice `lora_r`)."""
     lora_dropout: Share | None = None
     """Only 0 so far."""
-    lora_target_modules: list[str] | None = None
-    """Linear layers that get adapters, such as `[q_proj, v_proj]`; all where left out."""
+    lora_target_modules: list[str] | str | None = None
+    """Linear layers that get adapters, such as `[q_proj, v_proj]`, or one regular expression that matches whole names;
+    all where left out."""
     lora_target_linear: bool | None = None
     """All linear layers but the head get adapters, whatever `lora_target_modules` says."""
+    lora_exclude_modules: list[str] | str | None = None
+    """Linear layers that get none, written like `lora_target_modules`."""
+    peft_layers_to_transform: list[int] | int | None = None
+    """Numbers of the layers that get adapters, from 0; all where left out."""
+    peft_layers_pattern: list[str] | str | None = None
+    """What the list of these layers is called in the model; `layers` in all that there are."""
+    lora_rank_pattern: dict[str, Count] | None = None
+    """Other ranks: `{o_proj: 32}`; keys are regular expressions that match the end of a name behind a dot."""
+    lora_alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Other alphas, written like `lora_rank_pattern`."""
+    peft_init_lora_weights: Literal["kaiming", "gaussian"] | None = None
+    """How adapters begin: `true` or `kaiming` (A uniform, B zero; the default), `gaussian` (A normal, B zero)."""
     peft_use_rslora: bool | None = None
     """Scale by `lora_alpha / sqrt(lora_r)` instead (rsLoRA)."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None

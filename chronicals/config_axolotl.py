@@ -16,8 +16,10 @@ ALIASES: dict[str, str] = {
     "dataset_num_proc": "dataset_processes",
     "evaluation_strategy": "eval_strategy",
     "float16": "fp16",
+    "exclude_modules": "lora_exclude_modules",
     "full_determinism": "deterministic",
     "gradient_checkpointing": "recompute",
+    "init_lora_weights": "peft_init_lora_weights",
     "label_smoothing": "label_smoothing_factor",
     "lr_scheduler_type": "lr_scheduler",
     "max_length": "sequence_len",
@@ -46,6 +48,7 @@ VALUES: dict[str, dict[Any, Any]] = {
     },
     "lr_scheduler": {"constant_with_warmup": "constant", "wsd": "warmup_stable_decay"},
     "recompute": {True: "full", False: "light", "unsloth": "full", "offload": "full", "offload_disk": "full"},
+    "peft_init_lora_weights": {True: "kaiming", False: "false"},
     "resume_from_checkpoint": {True: "auto"},
     "save_strategy": {False: "no"},  # YAML 1.1 reads a bare `no` as false
     "eval_strategy": {False: "no"},
@@ -179,16 +182,16 @@ UNSUPPORTED: dict[str, str] = {
     kd_temperature kd_trainer kto_desirable_weight kto_undesirable_weight large_head_attention layer_offloading
     liger_use_token_scaling lisa_layers_attribute lisa_n_layers lisa_step_interval llama4_linearized_experts
     llmcompressor lm_eval_tasks load_best_model_at_end local_rank log_level logging_dir logging_first_step
-    logging_strategy lora_alpha_pattern lora_embedding_kernel lora_fan_in_fan_out lora_model_dir lora_on_cpu
-    lora_rank_pattern lora_target_parameters loraplus_lr_embedding
+    logging_strategy lora_embedding_kernel lora_fan_in_fan_out lora_model_dir lora_on_cpu
+    lora_target_parameters loraplus_lr_embedding
     loss_watchdog_patience loss_watchdog_threshold lr_div_factor lr_groups lr_quadratic_warmup
     max_memory max_prompt_len mean_resizing_embeddings merge_lora merge_method metric_for_best_model min_sample_len
     mlflow_experiment_name mlflow_run_name mlflow_tracking_uri model_config model_kwargs model_quantization_config
     model_quantization_config_kwargs mora multipack_real_batches neftune_noise_alpha noisy_embedding_alpha
     num_dataset_shards_to_save num_generation_samples num_labels optim_args optim_target_modules orpo_alpha
     otel_metrics_host otel_metrics_port overrides_of_model_config overrides_of_model_kwargs pad_to_multiple_of peft
-    peft_autocast_adapter_dtype peft_ensure_weight_tying peft_init_lora_weights peft_layer_replication
-    peft_layers_pattern peft_layers_to_transform peft_trainable_token_indices plugins
+    peft_autocast_adapter_dtype peft_ensure_weight_tying peft_layer_replication
+    peft_trainable_token_indices plugins
     pose_max_context_len pose_num_chunks pose_split_on_token_ids precompute_ref_log_probs preprocess_iterable
     pretrain_multipack_attn pretrain_multipack_buffer_size pretraining_sample_concatenation process_reward_model
     processor_kwargs processor_type profiler_steps profiler_steps_start push_dataset_to_hub qat

@@ -71,7 +71,9 @@ def _describe(part: Any) -> str:
         return f"one of {', '.join(values)}" if len(values) > 1 else str(values[0])
     if get_origin(part) is list:
         (item,) = get_args(part)
-        return "a list of " + ("texts" if item is str else "mappings")
+        return "a list of " + {str: "texts", int: "whole numbers"}.get(item, "mappings")
+    if get_origin(part) is dict and get_origin(item := get_args(part)[1]) is Annotated:
+        return f"a mapping to {_describe(item)}"
     if get_origin(part) is dict or (isinstance(part, type) and issubclass(part, BaseModel)):
         return "a mapping"
     return _PLAIN[part]

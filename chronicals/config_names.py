@@ -121,7 +121,7 @@ class Names:
                 return None
             if any(bounds(part).get("ge") == 0 for part in parts(annotation)):
                 return 0
-        if isinstance(raw, str) and admits(annotation, list):
+        if isinstance(raw, str) and admits(annotation, list) and not admits(annotation, str):
             return [raw]
         return raw
 

@@ -132,6 +132,18 @@ def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool
             "lora_target_linear is false and there are no lora_target_modules",
             "name the layers that get adapters in lora_target_modules",
         ),
+        (
+            "peft_layers_pattern",
+            bool(config.peft_layers_pattern) and config.peft_layers_to_transform is None,
+            "peft_layers_pattern does nothing without peft_layers_to_transform",
+            "remove it, or give the numbers of the layers",
+        ),
+        (
+            "peft_layers_to_transform",
+            config.peft_layers_to_transform is not None and isinstance(config.lora_target_modules, str),
+            "peft_layers_to_transform is given beside a regular expression in lora_target_modules",
+            "write the layers into the expression, or give a list of names",
+        ),
         *(
             (
                 key,
@@ -145,6 +157,12 @@ def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool
                 "lora_dropout",
                 "lora_target_modules",
                 "lora_target_linear",
+                "lora_exclude_modules",
+                "peft_layers_to_transform",
+                "peft_layers_pattern",
+                "lora_rank_pattern",
+                "lora_alpha_pattern",
+                "peft_init_lora_weights",
                 "peft_use_rslora",
                 "loraplus_lr_ratio",
             )

@@ -87,7 +87,9 @@ def test_an_alias_is_the_name_it_stands_for(load, alias: str, name: str) -> None
     }
     value |= {"base_model": "q", "revision_of_model": "r", "wandb_name": "n", "num_epochs": "2.0", "recompute": "full"}
     value |= {"bf16": "true", "deterministic": "true", "sample_packing": "false", "label_smoothing_factor": "0.1"}
+    value |= {"lora_exclude_modules": "[q_proj]", "peft_init_lora_weights": "gaussian"}
     base = BASE if name != "base_model" else BASE.replace("base_model: m\n", "")
+    base += "adapter: lora\n" if name.startswith(("lora_", "peft_")) else ""
     written = value.get(name, "7")
     assert getattr(load(f"{alias}: {written}", base=base), name) == yaml.safe_load(written)
 
@@ -194,6 +196,19 @@ ERRORS = [
         "adapter: lora\nlora_target_linear: false",
         "c.yaml:5: lora_target_linear is false and there are no lora_target_modules; name the layers",
     ),
+    (
+        "adapter: lora\npeft_layers_pattern: layers",
+        "c.yaml:5: peft_layers_pattern does nothing without peft_layers_to_transform; remove it, or give the numbers",
+    ),
+    (
+        "adapter: lora\nlora_target_modules: .*q_proj\npeft_layers_to_transform: [1]",
+        "c.yaml:6: peft_layers_to_transform is given beside a regular expression in lora_target_modules; write the",
+    ),
+    (
+        "adapter: lora\nlora_rank_pattern: {q_proj: 0}",
+        "c.yaml:5: lora_rank_pattern must be a mapping to a whole number of at least",
+    ),
+    ("adapter: lora\npeft_init_lora_weights: false", "c.yaml:5: peft_init_lora_weights must be one of kaiming"),
     ("adapter: lora\nreinit_weights: true", "c.yaml:5: an adapter of random weights is of no use"),
     *(
         (f"{key}: {value}", f"c.yaml:4: {key} does nothing without an adapter; set `adapter: lora`, or remove it")
@@ -202,6 +217,11 @@ ERRORS = [
             ("lora_alpha", 16),
             ("lora_target_modules", "[q_proj]"),
             ("lora_target_linear", "true"),
+            ("lora_exclude_modules", "[q_proj]"),
+            ("peft_layers_to_transform", 1),
+            ("lora_rank_pattern", "{q_proj: 2}"),
+            ("lora_alpha_pattern", "{q_proj: 2}"),
+            ("peft_init_lora_weights", "gaussian"),
             ("peft_use_rslora", "true"),
             ("loraplus_lr_ratio", 16),
         ]

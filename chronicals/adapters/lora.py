@@ -1,15 +1,11 @@
-"""LoRA (Hu et al. 2021): a frozen projection plus, for each target, a trained product of two thin matrices.
+"""LoRA (Hu et al. 2021): which projections get adapters, and of what rank and scale.
 
     y = W x + b + s B (A x)        s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)
 
-Our projections are fused: q, k, v are one weight, gate and up another. Each Hugging Face projection in them has an A
-and a B of its own, as PEFT has them; a part that is no target has none. Adapters are added to a model that is built
-already, by putting a `LoRAProjection` where its `Projection` was: no layer knows of them. A x is computed again in
-backward: it is thin.
+Adapters are added to a model that is built already, by putting a projection with adapters where its `Projection` was:
+no layer knows of them. What they compute is in unfused.py, how they begin in initialise.py.
 
-Left out: dropout, trained biases, embeddings and the head, DoRA, several adapters at once.
-
-Shapes: T tokens, r the rank; of a target, `in` and `out` elements.
+Left out: adapters of embeddings and of the head, several adapters at once.
 """
 
 from __future__ import annotations
@@ -17,95 +13,76 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from chronicals.adapters.initialise import initialise
+from chronicals.adapters.unfused import LoRAProjection, Target
 from chronicals.errors import UserError
-from chronicals.kernels.grad_sink import WeightGradients
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.families import FAMILIES
 from chronicals.models.hf import hf_views
 from chronicals.models.projection import Projection
 
+Names = tuple[str, ...] | str
+
 
 @dataclass(frozen=True)
 class LoRA:
-    """What is added to which projections.
+    """What is added to which projections, under the names of PEFT's `LoraConfig` where they differ.
 
-    `targets` are names of Hugging Face modules or ends of them at a dot ("q_proj", "self_attn.q_proj"), or one regular
-    expression that matches whole names, as in PEFT's `target_modules`.
+    `targets` (`target_modules`) and `exclude_modules` are names of Hugging Face modules or ends of them at a dot
+    ("q_proj", "self_attn.q_proj"), or one regular expression that matches whole names.
     """
 
     r: int
-    alpha: float
-    targets: tuple[str, ...] | str
-    rslora: bool = False
+    alpha: float  # lora_alpha
+    targets: Names  # target_modules
+    rslora: bool = False  # use_rslora
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)  # regular expression of a name's end -> r
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] | None = None  # all where there are none
+    layers_pattern: tuple[str, ...] = ()  # what the list of layers is called; any where empty
+    exclude_modules: Names = ()
+    init: str = "kaiming"  # init_lora_weights, see initialise.py
 
-    @property
-    def scaling(self) -> float:
-        """s."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+    def rank(self, module: str) -> int:
+        """r of the Hugging Face module of this name."""
+        return next((r for key, r in self.rank_pattern.items() if _ends_in(key, module)), self.r)
+
+    def scaling(self, module: str = "") -> float:
+        """s of the Hugging Face module of this name; without one, where no pattern says otherwise."""
+        alpha = next((alpha for key, alpha in self.alpha_pattern.items() if _ends_in(key, module)), self.alpha)
+        r = self.rank(module)
+        return alpha / (math.sqrt(r) if self.rslora else r)
 
     def adapts(self, module: str) -> bool:
         """Whether the Hugging Face module of this name is a target."""
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, module) is not None
-        return any(module == target or module.endswith(f".{target}") for target in self.targets)
+        if _named(self.exclude_modules, module) or not _named(self.targets, module):
+            return False
+        return not self.layers_to_transform or self._layer(module) in self.layers_to_transform
+
+    def _layer(self, module: str) -> int | None:
+        """The number behind the first name of a list of layers."""
+        for pattern in self.layers_pattern or (r"[^.]*",):
+            if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+                return int(match.group(1))
+        return None
 
 
-class LoRAProjection(Projection):
-    """A projection whose weight and bias are frozen, and adapters of some of its parts.
+def _named(names: Names, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
-    Args:
-        base: the projection whose place it takes; its parameters are shared.
-        rows: target ("q_proj") -> its first row of the weight and the one behind its last.
-        lora: rank and scaling.
-        generator: on the CPU; A is drawn as PEFT draws it, uniform within 1 / sqrt(in), and B is zero.
 
-    Attributes:
-        lora_A: target -> (r, in).
-        lora_B: target -> (out, r).
-    """
-
-    def __init__(
-        self, base: Projection, rows: dict[str, tuple[int, int]], lora: LoRA, generator: torch.Generator
-    ) -> None:
-        nn.Module.__init__(self)  # not Projection's, which would make a weight
-        self.ops, self.weight, self.bias = base.ops, base.weight, base.bias
-        self.rows, self.scaling = rows, lora.scaling
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        bound = base.weight.shape[1] ** -0.5
-        for target, (start, stop) in rows.items():
-            drawn = torch.empty(lora.r, base.weight.shape[1]).uniform_(-bound, bound, generator=generator)
-            self.lora_A[target] = nn.Parameter(drawn.to(base.weight))
-            self.lora_B[target] = nn.Parameter(base.weight.new_zeros(stop - start, lora.r))
-
-    def _adapters(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Of each target: its part of the output, A, B."""
-        for target, (start, stop) in self.rows.items():
-            yield slice(start, stop), self.lora_A[target], self.lora_B[target]
-
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        out = super().forward(x, out)
-        for part, a, b in self._adapters():
-            out[:, part].addmm_(x @ a.t(), b.t(), alpha=self.scaling)
-        return out
-
-    def input_grad(self, d_out: Tensor) -> Tensor:
-        d_x = super().input_grad(d_out)
-        for part, a, b in self._adapters():
-            d_x.addmm_(d_out[:, part] @ b, a, alpha=self.scaling)
-        return d_x
-
-    def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
-        for part, a, b in self._adapters():
-            d_part = d_out[:, part]
-            gradients.matmul(a, (d_part @ b).mul_(self.scaling).t(), x)
-            gradients.matmul(b, d_part.t(), (x @ a.t()).mul_(self.scaling))
+def _ends_in(key: str, module: str) -> bool:
+    """PEFT's `get_pattern_key`: `key` matches the name, or its end behind a dot."""
+    return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
 def linear_modules(config: ModelConfig) -> list[str]:
@@ -120,10 +97,10 @@ def all_linear(config: ModelConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(module.rpartition(".")[2] for module in linear_modules(config)))
 
 
-def check_targets(targets: Sequence[str], config: ModelConfig, *, key: str = "lora_target_modules") -> None:
+def check_targets(targets: Names, config: ModelConfig, *, key: str = "lora_target_modules") -> None:
     """Raises UserError where one of `targets` names no module of the model, with the nearest name that does."""
     modules, names = linear_modules(config), all_linear(config)
-    for target in targets:
+    for target in () if isinstance(targets, str) else targets:
         if any(LoRA(1, 1, (target,)).adapts(module) for module in modules):
             continue
         if target.rpartition(".")[2] in ("lm_head", "embed_tokens"):
@@ -133,27 +110,54 @@ def check_targets(targets: Sequence[str], config: ModelConfig, *, key: str = "lo
         raise UserError(f"{key}: the model has no linear layer {target!r}", mend)
 
 
+def check_lora(lora: LoRA, config: ModelConfig) -> None:
+    """Raises UserError, by the config's keys, where a name or a pattern fits nothing in the model."""
+    check_targets(lora.targets, config)
+    modules = linear_modules(config)
+    for name in () if isinstance(lora.exclude_modules, str) else lora.exclude_modules:
+        if not any(_named((name,), module) for module in modules):
+            raise UserError(f"lora_exclude_modules: the model has no linear layer {name!r}", "remove it")
+    for layer in lora.layers_to_transform or ():
+        if not 0 <= layer < config.num_hidden_layers:
+            last = config.num_hidden_layers - 1
+            raise UserError(f"peft_layers_to_transform: there is no layer {layer}", f"layers are 0 to {last}")
+    targets = [module for module in modules if lora.adapts(module)]
+    if not targets:
+        raise UserError(
+            "no linear layer of the model is a target",
+            "see lora_target_modules, lora_exclude_modules, peft_layers_to_transform and peft_layers_pattern",
+        )
+    for key, pattern in (("lora_rank_pattern", lora.rank_pattern), ("lora_alpha_pattern", lora.alpha_pattern)):
+        for expression in pattern:
+            if not any(_ends_in(expression, target) for target in targets):
+                raise UserError(f"{key}: {expression!r} fits no target", f"targets are such as {targets[0]}")
+
+
 def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42) -> None:
     """Freezes the model and adds adapters to its targets, which leave its output as it is until they are trained.
 
     Raises UserError where there is no target.
     """
     generator = torch.Generator().manual_seed(seed)
+    streams = {module: number for number, module in enumerate(linear_modules(model.config))}
     found = False
     model.requires_grad_(False)
     for path, module in list(model.named_modules()):
         if not isinstance(module, Projection) or module is model.lm_head:
             continue
         assert not isinstance(module, LoRAProjection), f"{path} has an adapter already"
-        rows, start = {}, 0
-        for name, part in hf_views(model, {f"{path}.weight": module.weight.detach()}):
-            target = name.removesuffix(".weight")
+        targets, start = {}, 0
+        for name, rows in hf_views(model, {f"{path}.weight": module.weight.detach()}):
+            target, part = name.removesuffix(".weight"), slice(start, start + len(rows))
             if lora.adapts(target):
-                rows[target.rpartition(".")[2]] = (start, start + len(part))
-            start += len(part)
-        if rows:
+                last = target.rpartition(".")[2]
+                targets[last] = Target(part, lora.rank(target), lora.scaling(target), streams[target])
+            start = part.stop
+        if targets:
+            adapted = LoRAProjection(module, targets)
+            initialise(adapted, lora.init, generator)
             parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, LoRAProjection(module, rows, lora, generator))
+            setattr(model.get_submodule(parent), leaf, adapted)
             model.projections_changed()
             found = True
     if not found:

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from chronicals.adapters.lora import LoRA, adapter_tensors, add_lora, all_linear, check_targets
+from chronicals.adapters.lora import LoRA, Names, adapter_tensors, add_lora, all_linear, check_targets
 from chronicals.errors import UserError
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
@@ -26,17 +26,20 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
     "fan_in_fan_out": (None, False),
     "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "exclude_modules": (None, [], ""),
-    "layers_to_transform": (None, []),
     "layer_replication": (None,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "lora_bias": (None, False),
+    "use_qalora": (None, False),
     "use_bdlora": (None,),
     "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
 }
+# beginnings of init_lora_weights that change the base model's weights when PEFT loads the adapter
+_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_adapter(model: Decoder, lora: LoRA, folder: Path, *, base_model: str, revision: str | None = None) -> None:
@@ -50,10 +53,15 @@ def save_adapter(model: Decoder, lora: LoRA, folder: Path, *, base_model: str, r
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "use_rslora": lora.rslora,
-        "target_modules": lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": dict(lora.alpha_pattern),
+        "target_modules": _listed(lora.targets),
+        "exclude_modules": _listed(lora.exclude_modules) or None,
+        "layers_to_transform": _listed(lora.layers_to_transform or ()) or None,
+        "layers_pattern": _listed(lora.layers_pattern) or None,
         "bias": "none",
         "fan_in_fan_out": False,
-        "init_lora_weights": True,
+        "init_lora_weights": True if lora.init == "kaiming" else lora.init,
         "inference_mode": True,
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
@@ -80,15 +88,50 @@ def read_lora(folder: Path, config: ModelConfig) -> LoRA:
     for key, plain in _PLAIN.items():
         if data.get(key) not in plain:
             raise UserError(f"{key}: {data[key]!r} is not supported yet", "give an adapter without it", file=file)
-    targets = data.get("target_modules")
+    init = data.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_CHANGING_BASE):
+        raise UserError(
+            f"init_lora_weights: {init!r} belongs to a base model with other weights",
+            "convert it by PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+            file=file,
+        )
+    layers = data.get("layers_to_transform")
+    return LoRA(
+        data["r"],
+        data["lora_alpha"],
+        _targets(data.get("target_modules"), config, file),
+        rslora=bool(data.get("use_rslora")),
+        rank_pattern=data.get("rank_pattern") or {},
+        alpha_pattern=data.get("alpha_pattern") or {},
+        layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
+        layers_pattern=tuple(_as_list(data.get("layers_pattern"))),
+        exclude_modules=_names(data.get("exclude_modules")),
+        init="gaussian" if init == "gaussian" else "kaiming",
+    )
+
+
+def _targets(targets: Any, config: ModelConfig, file: Path) -> Names:
     if targets == "all-linear":
-        targets = all_linear(config)
-    elif isinstance(targets, list):
-        check_targets(targets, config, key="target_modules")
-        targets = tuple(targets)
+        return all_linear(config)
+    if isinstance(targets, list):
+        check_targets(tuple(targets), config, key="target_modules")
     elif not isinstance(targets, str):
         raise UserError("target_modules is missing", "give an adapter that names its targets", file=file)
-    return LoRA(data["r"], data["lora_alpha"], targets, bool(data.get("use_rslora")))
+    return _names(targets)
+
+
+def _names(value: list[str] | str | None) -> Names:
+    """As `LoRA` has them."""
+    return value if isinstance(value, str) else tuple(value or ())
+
+
+def _as_list(value: list[str] | str | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
+
+
+def _listed(value: tuple[Any, ...] | str) -> list[Any] | str:
+    """As JSON has it."""
+    return value if isinstance(value, str) else list(value)
 
 
 def load_adapter(model: Decoder, folder: Path) -> LoRA:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from chronicals.adapters.lora import LoRA, add_lora, all_linear, check_targets
+from chronicals.adapters.lora import LoRA, Names, add_lora, all_linear, check_lora
 from chronicals.adapters.peft_files import fill_adapter
 from chronicals.config import TrainConfig
 from chronicals.models.config import ModelConfig
@@ -21,20 +22,46 @@ class Adapter:
     revision: str | None
 
     def __str__(self) -> str:
-        kind = "rsLoRA" if self.lora.rslora else "LoRA"
-        return f"{kind} of rank {self.lora.r}, scaled by {self.lora.scaling:g}: {', '.join(self.lora.targets)}"
+        lora = self.lora
+        kind = "rsLoRA" if lora.rslora else "LoRA"
+        targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+        others = ", others by pattern" if lora.rank_pattern or lora.alpha_pattern else ""
+        return f"{kind} of rank {lora.r}, scaled by {lora.scaling():g}{others}: {targets}"
 
 
 def lora_of(config: TrainConfig, model: ModelConfig) -> LoRA | None:
-    """The adapter that the config asks for. Raises UserError where a target is no linear layer of the model."""
+    """The adapter that the config asks for. Raises UserError where a name or pattern fits no module of the model."""
     if config.adapter is None:
         return None
     assert config.lora_r is not None and config.lora_alpha is not None
+    lora = LoRA(
+        config.lora_r,
+        config.lora_alpha,
+        _targets(config, model),
+        rslora=bool(config.peft_use_rslora),
+        rank_pattern=config.lora_rank_pattern or {},
+        alpha_pattern=config.lora_alpha_pattern or {},
+        layers_to_transform=_tuple(config.peft_layers_to_transform) or None,
+        layers_pattern=_tuple(config.peft_layers_pattern),
+        exclude_modules=_names(config.lora_exclude_modules),
+        init=config.peft_init_lora_weights or "kaiming",
+    )
+    check_lora(lora, model)
+    return lora
+
+
+def _targets(config: TrainConfig, model: ModelConfig) -> Names:
     named = config.lora_target_modules or []
-    linear = config.lora_target_linear or named == ["all-linear"]
-    targets = all_linear(model) if linear else tuple(named)
-    check_targets(targets, model)
-    return LoRA(config.lora_r, config.lora_alpha, targets, bool(config.peft_use_rslora))
+    linear = config.lora_target_linear or named in ("all-linear", ["all-linear"])
+    return all_linear(model) if linear else _names(named)
+
+
+def _names(value: list[str] | str | None) -> Names:
+    return value if isinstance(value, str) else tuple(value or ())
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
 def add_adapter(config: TrainConfig, model: Decoder, checkpoint: Path | None) -> Adapter | None:

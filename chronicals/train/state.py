@@ -24,6 +24,12 @@ TOLD = """
     micro_batch_size
     """.split()
 
+# Keys that say what an adapter is.
+ADAPTER = """
+    lora_r lora_alpha lora_target_modules lora_target_linear lora_exclude_modules peft_layers_to_transform
+    peft_layers_pattern lora_rank_pattern lora_alpha_pattern peft_init_lora_weights peft_use_rslora
+    """.split()
+
 DAMAGED_MEND = "resume from an older checkpoint: remove this folder, or give that one's path as resume_from_checkpoint"
 
 
@@ -59,7 +65,6 @@ class RunState:
 
 def identity(config: TrainConfig, train: Documents, evaluation: Documents | None, dtype: str) -> dict[str, Any]:
     """What makes it this run and no other, by the names of the config's keys: a resumed run must have the same."""
-    adapter = ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_linear", "peft_use_rslora")
     return {
         "base_model": config.base_model,
         "revision_of_model": config.revision_of_model,
@@ -73,7 +78,7 @@ def identity(config: TrainConfig, train: Documents, evaluation: Documents | None
         "micro_batch_size * gradient_accumulation_steps": config.micro_batch_size * config.gradient_accumulation_steps,
         "optimizer": config.optimizer,
         "adapter": config.adapter,
-        **({key: getattr(config, key) for key in adapter} if config.adapter else {}),
+        **({key: getattr(config, key) for key in ADAPTER} if config.adapter else {}),
     }
 
 

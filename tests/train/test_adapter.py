@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chronicals.adapters.lora import LoRAProjection
 from chronicals.adapters.peft_files import load_adapter
+from chronicals.adapters.unfused import LoRAProjection
 from chronicals.config import TrainConfig
 from chronicals.errors import GuardError, UserError
 from chronicals.models.hf import load_model
