@@ -101,8 +101,24 @@ def kernels(short: bool) -> str:
     results = load("kernels.json")
     if results is None:
         return ""
-    where = measured_on(results, "torch", "triton", "liger-kernel", "flash-attn-4")
+    runs: dict[str, list[str]] = {}  # where -> what was measured there
+    for op, found in results["ops"].items():
+        runs.setdefault(measured_on(found, "torch", "triton", "liger-kernel", "flash-attn-4"), []).append(op)
+    where = "\n".join(f"{', '.join(measured)}: {place}" for place, measured in runs.items())
     return f"{table(KERNEL_HEAD, kernel_rows(results, short=short))}\n\n{KERNEL_NOTE}\n{where}"
+
+
+# Start-up
+
+
+def startup() -> str:
+    results = load("startup.json")
+    if results is None:
+        return ""
+    rows = [[name, f"{run['seconds']:.1f}"] for name, run in results["runs"].items()]
+    head = table(["`chronicals train`, Qwen2.5-0.5B, 8 x 2048", "s to the first finished step"], rows)
+    where = measured_on(results, "torch", "triton", "transformers", "flash-attn-4")
+    return f"{head}\n\nTarget, warm: {results['target_seconds']:g} s. {where}"
 
 
 # Steps
@@ -269,6 +285,7 @@ def generated() -> dict[Path, str]:
         step = steps(short)
         if short and step:
             step = f"![Tokens a second]({PLOT.relative_to(ROOT).as_posix()})\n\n{step}"
+        page = page if short else filled(page, "startup", startup())
         pages[file] = filled(filled(page, "step", step), "kernels", kernels(short))
     return pages if results is None else pages | {PLOT: plot(results)}
 

@@ -2,6 +2,7 @@
 
 Each op runs in a process of its own with ceilings of its own, so that a crash in one leaves the others standing. A case
 whose gate is red, or that raises, is printed and recorded with its reason and without a number, and the exit code is 1.
+Ops of earlier runs stay in the file, each with its own machine and commit.
 
 Columns: time of one call (median, least and most), achieved TB/s of the bytes that the op cannot do without, `floor`:
 the speed as a share of the floor's (a copy of as many bytes, measured in the run, plus the op's matmuls), its target,
@@ -156,8 +157,9 @@ def run_one(op: str, out: Path) -> None:
 
 def run_all(names: list[str], out: Path, where: dict[str, Any]) -> int:
     """Each op in its process; the exit code: 0 all gates green, 1 otherwise."""
-    record, red = where | {"ops": {}}, 0
-    print(record["gpu"], record["versions"], record["commit"], flush=True)
+    record = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"ops": {}}
+    red = 0
+    print(where["gpu"], where["versions"], where["commit"], flush=True)
     for op in names:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "rows.json"
@@ -167,7 +169,7 @@ def run_all(names: list[str], out: Path, where: dict[str, Any]) -> int:
         if code != 0:
             found["cases"].append({"op": op, "error": f"its process ended with exit code {code}"})
         red += sum("error" in row for row in found["cases"])
-        record["ops"][op] = found
+        record["ops"][op] = where | found
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"{red} red; wrote {out}")

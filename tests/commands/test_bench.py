@@ -160,6 +160,9 @@ def test_no_number_on_a_red_gate(changes: dict[str, Any], reason: str) -> None:
     assert " us " not in line
 
 
+WHERE: dict[str, Any] = {"versions": {}, "commit": None}
+
+
 def test_a_child_that_dies_is_red_and_the_others_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def spawned(command: list[str], *, cwd: Path) -> SimpleNamespace:
         op, out = command[command.index("--child") + 1], Path(command[-1])
@@ -170,11 +173,13 @@ def test_a_child_that_dies_is_red_and_the_others_run(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(run.subprocess, "run", spawned)
     out = tmp_path / "results" / "out.json"
-    assert run.run_all(["dies", "lives"], out, {"gpu": "G", "versions": {}, "commit": None}) == 1
-    record = json.loads(out.read_text())
-    assert record["gpu"] == "G"
-    assert record["ops"]["dies"]["cases"] == [{"op": "dies", "error": "its process ended with exit code -11"}]
-    assert record["ops"]["lives"]["cases"] == [{"op": "lives"}]
+    assert run.run_all(["earlier"], out, WHERE | {"gpu": "F"}) == 0
+    assert run.run_all(["dies", "lives"], out, WHERE | {"gpu": "G"}) == 1
+    assert json.loads(out.read_text())["ops"] == {
+        "earlier": WHERE | {"gpu": "F", "cases": [{"op": "earlier"}]},
+        "dies": WHERE | {"gpu": "G", "cases": [{"op": "dies", "error": "its process ended with exit code -11"}]},
+        "lives": WHERE | {"gpu": "G", "cases": [{"op": "lives"}]},
+    }
 
 
 def test_every_op_lists_its_cases_without_a_gpu() -> None:
