@@ -13,13 +13,14 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from chronicals.adapters.initialise import initialise
+from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.unfused import LoRAProjection, Target
 from chronicals.errors import UserError
 from chronicals.models.config import ModelConfig
@@ -29,6 +30,7 @@ from chronicals.models.hf import hf_views
 from chronicals.models.projection import Projection
 
 Names = tuple[str, ...] | str
+PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # of a layer, as we fuse them
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,12 @@ def check_lora(lora: LoRA, config: ModelConfig) -> None:
                 raise UserError(f"{key}: {expression!r} fits no target", f"targets are such as {targets[0]}")
 
 
-def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42) -> None:
+def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42, joined: Collection[str] = PROJECTIONS) -> None:
     """Freezes the model and adds adapters to its targets, which leave its output as it is until they are trained.
+
+    Args:
+        joined: our projections that take their adapters into their matmuls (joined.py); the others are as in
+            unfused.py.
 
     Raises UserError where there is no target.
     """
@@ -154,9 +160,9 @@ def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42) -> None:
                 targets[last] = Target(part, lora.rank(target), lora.scaling(target), streams[target])
             start = part.stop
         if targets:
-            adapted = LoRAProjection(module, targets)
-            initialise(adapted, lora.init, generator)
             parent, _, leaf = path.rpartition(".")
+            adapted = (JoinedLoRA if leaf in joined else LoRAProjection)(module, targets)
+            initialise(adapted, lora.init, generator)
             setattr(model.get_submodule(parent), leaf, adapted)
             model.projections_changed()
             found = True

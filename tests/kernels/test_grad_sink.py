@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from chronicals.kernels import grad_sink
 from chronicals.kernels.column_sums import reduce_partials
-from chronicals.kernels.grad_sink import Autograd, GradSink, InPlace, Stack, matmul_into, vector_into
+from chronicals.kernels.grad_sink import (
+    Autograd,
+    GradSink,
+    InPlace,
+    Stack,
+    WeightGradients,
+    matmul_into,
+    vector_into,
+)
 from tests.kernels.numerics import nan_filled_memory, relative_error
 
 
@@ -128,3 +137,33 @@ def test_scratch_is_room_of_gradients_that_come_later() -> None:
     assert sink.scratch(head) is None, "something is written there"
     assert sink.scratch(other) is None, "too small"
     assert InPlace(buffers, accumulate=False).scratch(head) is None
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_gradients_of_stacked_parameters_are_one_matmul_where_they_lie_so(
+    monkeypatch: pytest.MonkeyPatch, beside: bool, accumulate: bool
+) -> None:
+    calls = []
+    whole = grad_sink.matmul_into
+    monkeypatch.setattr(grad_sink, "matmul_into", lambda *args: (calls.append(args), whole(*args)))
+    parameters = [torch.nn.Parameter(torch.randn(rows, 5)) for rows in (2, 1, 3)]
+    flat, step = torch.zeros(50), 0 if beside else 1
+    starts = [0, 10 + step, 15 + 2 * step]
+    buffers = [flat[start : start + p.numel()].view(p.shape) for p, start in zip(parameters, starts, strict=True)]
+    sink = InPlace(dict(zip(parameters, buffers, strict=True)), accumulate=accumulate)
+    left, right = torch.randn(6, 7), torch.randn(7, 5)
+    for times in (1, 2):
+        sink.start()
+        gradients = WeightGradients(sink)
+        gradients.stacked(parameters, left, right)
+        expected = left @ right * (times if accumulate else 1)
+        torch.testing.assert_close(torch.cat(buffers), expected)
+        assert gradients.of(parameters) == (None, None, None)
+    assert len(calls) == (2 if beside else 6)
+    parameters[1].requires_grad_(False)
+    gradients = WeightGradients(Autograd())
+    gradients.stacked(parameters, left, right)
+    first, frozen, last = gradients.of(parameters)
+    assert frozen is None and first is not None and last is not None
+    torch.testing.assert_close(torch.cat((first, last)), (left @ right)[[0, 1, 3, 4, 5]])

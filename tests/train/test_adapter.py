@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.peft_files import load_adapter
-from chronicals.adapters.unfused import LoRAProjection
 from chronicals.config import TrainConfig
 from chronicals.errors import GuardError, UserError
 from chronicals.models.hf import load_model
@@ -128,7 +128,7 @@ def test_one_step_passes_although_a_has_no_gradient_yet(folder: Path) -> None:
 
 
 def test_a_b_that_never_moves_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(self: LoRAProjection, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: Any) -> None:
+    def half(self: JoinedLoRA, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: Any) -> None:
         whole(self, d_out, x, kept, Zeroed(gradients, self.lora_B.get("up_proj")))
 
     class Zeroed:
@@ -140,8 +140,11 @@ def test_a_b_that_never_moves_stops_the_run(folder: Path, monkeypatch: pytest.Mo
         def matmul(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
             self.gradients.matmul(parameter, left * (parameter is not self.parameter), right)
 
-    whole = LoRAProjection.weight_grads
-    monkeypatch.setattr(LoRAProjection, "weight_grads", half)
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.gradients, name)
+
+    whole = JoinedLoRA.weight_grads
+    monkeypatch.setattr(JoinedLoRA, "weight_grads", half)
     with pytest.raises(GuardError) as caught:
         helpers.run(adapter_config(folder, max_steps=3))
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"

@@ -1,0 +1,116 @@
+"""LoRA inside the matmuls of the frozen weight: one each way, whatever part of a fused projection has adapters.
+
+With the adapters of a projection stacked, A (R, in) and B (out, R), which has a block for each target, one buffer holds
+
+    U = [[W, B], [A, 0]]            (out + R, in + R)
+
+    forward     t = s x A'          y = [x | t] [W, B]' + b
+    backward    u = s dy B          dx = [dy | u] [W; A]        dB = dy' t        dA = u' x
+
+t and u lie in the room behind x and dy (models/projection.py), so nothing is copied or read again to be added to, and
+the thin matmuls that make them read x and dy once for all targets. For backward t alone is kept, which is (T, R).
+
+W is a view of U. A and B of each target stay parameters of their own, as PEFT has them, and are copied into U at the
+start of each micro-batch (`placements`). Left out: dropout and DoRA, which are not one matmul.
+
+Shapes: T tokens, R the sum of the ranks, rounded up to `ROOM`: what is beyond it is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from chronicals.adapters.unfused import LoRAProjection, Target
+from chronicals.kernels.grad_sink import WeightGradients
+from chronicals.models.projection import Projection, widened
+
+ROOM = 16  # elements: rows of wide buffers begin at multiples that matmuls ask for (8) and Triton knows of (16)
+
+
+class JoinedLoRA(LoRAProjection):
+    """A projection with adapters of some of its parts, joined with its weight in one buffer.
+
+    Args:
+        base: the projection whose place it takes; its weight moves into the buffer.
+        targets: by the last part of their names.
+    """
+
+    joined: Tensor
+    scales: Tensor | None
+
+    def __init__(self, base: Projection, targets: Mapping[str, Target]) -> None:
+        super().__init__(base, targets)
+        ranks = [target.r for target in targets.values()]
+        self.rank = sum(ranks)
+        self.in_room = self.out_room = -(-self.rank // ROOM) * ROOM
+        rows, columns = base.weight.shape
+        joined = base.weight.new_zeros(rows + self.out_room, columns + self.in_room)
+        joined[:rows, :columns] = base.weight.detach()
+        self.register_buffer("joined", joined, persistent=False)
+        self._share()
+        scalings = [target.scaling for target in targets.values()]
+        alike = len(set(scalings)) == 1
+        self.alpha = scalings[0] if alike else 1.0
+        each = torch.tensor(scalings, dtype=torch.promote_types(joined.dtype, torch.float32))
+        each = F.pad(each.repeat_interleave(torch.tensor(ranks)), (0, self.in_room - self.rank))
+        self.register_buffer("scales", None if alike else each.to(joined.device), persistent=False)
+
+    def _share(self) -> None:
+        """The weight's memory is its part of the buffer."""
+        rows, columns = self.weight.shape
+        self.weight.data = self.joined[:rows, :columns]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> JoinedLoRA:
+        super()._apply(fn, recurse)
+        self._share()
+        return self
+
+    def placements(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rows, columns = self.weight.shape
+        start = 0
+        for target, a, b in self.adapters():
+            stop = start + target.r
+            yield a, self.joined[rows + start : rows + stop, :columns]
+            yield b, self.joined[target.part, columns + start : columns + stop]
+            start = stop
+
+    def _thin(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
+        """`out = s * x @ matrix`."""
+        torch.addmm(out, x, matrix, beta=0, alpha=self.alpha, out=out)
+        if self.scales is not None:
+            out.mul_(self.scales)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = self.weight.shape
+        left = widened(x, self.in_room)
+        self._thin(x, self.joined[rows:, :columns].t(), left[:, columns:])
+        return left, self.joined[:rows]
+
+    def grad_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = self.weight.shape
+        left = widened(d_out, self.out_room)
+        self._thin(d_out, self.joined[:rows, columns:], left[:, rows:])
+        return left, self.joined[:, :columns]
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return Projection.forward(self, x, out)
+
+    def input_grad(self, d_out: Tensor) -> Tensor:
+        return Projection.input_grad(self, d_out)
+
+    def kept(self, x: Tensor) -> Tensor:
+        return widened(x, self.in_room)[:, x.shape[1] :]
+
+    def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
+        assert kept is not None, "t goes with x"
+        u = widened(d_out, self.out_room)[:, d_out.shape[1] :]
+        gradients.stacked([a for _, a, _ in self.adapters()], u[:, : self.rank].t(), x)
+        start = 0
+        for target, _, b in self.adapters():
+            gradients.matmul(b, d_out[:, target.part].t(), kept[:, start : start + target.r])
+            start += target.r
+        self.bias_grad(d_out, gradients)
