@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.step.arm import Arm, Spec
-from benchmarks.step.works import BATCHES, BETAS, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, Work, batches
+from benchmarks.step.works import BATCHES, BETAS, EPS, MAX_GRAD_NORM, WEIGHT_DECAY, Work, batches
 
 
 class Eager(Arm):
@@ -33,10 +33,11 @@ class Eager(Arm):
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         wrong = sum(p.numel() for p in self.parameters if p.dtype != self.dtype)
         assert wrong < 0.01 * sum(p.numel() for p in self.parameters), f"{wrong} weights are not {self.dtype}"
-        assert not any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()), "checkpointing is on"
+        checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        assert checkpoints == work.least_memory, f"gradient checkpointing is {'on' if checkpoints else 'off'}"
         self.run = self.prepared()
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
+            self.parameters, lr=work.learning_rate, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
         )
         self.batches = [self._pinned(batch) for batch in batches(work)]
         self.last: tuple[Tensor, Tensor]
@@ -82,7 +83,10 @@ class Eager(Arm):
         return {name.removeprefix("_orig_mod."): p.detach() for name, p in self.model.named_parameters()}
 
     def facts(self) -> dict[str, str]:
-        return {"attention": str(getattr(self.model.config, "_attn_implementation", "")), "recompute": "none"}
+        return {"attention": str(getattr(self.model.config, "_attn_implementation", "")), "recompute": self.recompute()}
+
+    def recompute(self) -> str:
+        return "every layer" if self.work.least_memory else "none"
 
 
 class Compiled(Eager):

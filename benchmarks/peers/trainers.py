@@ -30,7 +30,7 @@ def train(spec: SftSpec, folder: Path, file: Path, started: float, turns: Turns)
     clock = _clock(started, memory, turns)
     trainer.add_callback(clock)
     trainer.train()
-    check_moved({name: p.detach() for name, p in trainer.model.named_parameters()}, folder)
+    check_moved({name: p.detach() for name, p in trainer.model.named_parameters()}, folder / "model.safetensors")
     logged = [row for row in trainer.state.log_history if "loss" in row]
     logs = {name: {"first": float(logged[0][name]), "last": float(logged[-1][name])} for name in ("loss", "grad_norm")}
     tokens = {step: sum(counted.tokens[:step]) for step in MARKS}

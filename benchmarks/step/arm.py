@@ -31,6 +31,7 @@ class Arm(ABC):
     """A model that is ready for its first step."""
 
     work: Work
+    folder: Path  # the checkpoint's
 
     @abstractmethod
     def step(self, index: int) -> None:
@@ -46,7 +47,11 @@ class Arm(ABC):
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Live weights by Hugging Face name; a tied head is not repeated."""
+        """All that is trained, live, by Hugging Face name (an adapter's by PEFT's); a tied head is not repeated."""
+
+    def started_from(self) -> Path:
+        """The safetensors with the values that `weights` had before the first step."""
+        return self.folder / "model.safetensors"
 
     def check_gradients(self) -> dict[str, float]:
         """Raise AssertionError where gradients are wrong; what was seen. Peers are held by the other gates alone."""
@@ -60,12 +65,18 @@ class Arm(ABC):
 def build(spec: Spec, work: Work, folder: Path) -> Arm:
     """The arm in this process. A peer's library is imported here and by nobody else."""
     if spec.family == "ours":
-        from benchmarks.step.ours import Ours
+        from benchmarks.step.ours import Ours, OursWithAdapter
 
-        return Ours(spec, work, folder)
+        return (OursWithAdapter if work.lora else Ours)(spec, work, folder)
+    from benchmarks.peers.adapters import PEERS_WITH_ADAPTER
     from benchmarks.peers.models import PEERS
 
-    return PEERS[spec.family](spec, work, folder)
+    return (PEERS_WITH_ADAPTER if work.lora else PEERS)[spec.family](spec, work, folder)
+
+
+def arms_of(work: Work) -> Mapping[str, Spec]:
+    """What can be measured on it, by name."""
+    return LORA_ARMS if work.lora else ARMS
 
 
 def synchronize(device: str) -> None:
@@ -86,7 +97,31 @@ ARMS: dict[str, Spec] = {
     "compile_graphs": Spec("compile", options={"mode": "reduce-overhead"}, about='mode="reduce-overhead"'),
     "eager": Spec("eager"),
 }
-ARMS |= {
-    f"{name}_fp32": Spec(ARMS[name].family, "fp32", ARMS[name].options, ARMS[name].about)
-    for name in ("ours", "unsloth", "liger", "compile", "eager")
+
+
+def _also_wide(arms: dict[str, Spec], names: tuple[str, ...]) -> dict[str, Spec]:
+    """With `name_fp32` for each of `names`: masters and moments in float32."""
+    return arms | {f"{n}_fp32": Spec(arms[n].family, "fp32", arms[n].options, arms[n].about) for n in names}
+
+
+ARMS = _also_wide(ARMS, ("ours", "unsloth", "liger", "compile", "eager"))
+
+# of works that train an adapter; `variant` is one of adapters.py
+LORA_ARMS: dict[str, Spec] = {
+    "ours": Spec("ours"),
+    "ours_varlen": ARMS["ours_varlen"],
+    **{
+        f"ours_mlp{n}": Spec(
+            "ours", options={"recompute": "mlp", "layers": str(n)}, about=f"the MLP of {n} layers recomputed"
+        )
+        for n in (2, 4, 8, 10, 12)
+    },
+    "ours_none": ARMS["ours_none"],
+    "ours_dropout": Spec("ours", options={"variant": "dropout"}, about="dropout 0.05"),
+    "ours_bias": Spec("ours", options={"variant": "bias"}, about="biases trained"),
+    "ours_dora": Spec("ours", options={"variant": "dora"}, about="DoRA"),
+    "ours_dora_dropout": Spec("ours", options={"variant": "dora_dropout"}, about="DoRA, dropout 0.05"),
+    "ours_qlora": Spec("ours", options={"variant": "nf4"}, about="QLoRA: frozen weights in NF4"),
+    **{name: ARMS[name] for name in ("unsloth", "unsloth_graphs", "liger", "compile", "compile_graphs", "eager")},
 }
+LORA_ARMS = _also_wide(LORA_ARMS, ("ours", "unsloth", "liger", "compile", "eager"))

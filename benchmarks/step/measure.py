@@ -1,9 +1,9 @@
 """One arm, in a process of its own: first step, warm-up, gate, then the clock.
 
 The gate: the first step's loss and gradient norm are those of transformers in float32 on the same weights and batch,
-the norm is not zero, every matrix has moved from the checkpoint, and, for our own arm, loss and every gradient of a
-full batch agree with transformers in float32 on the weights as they are after the warm-up. An arm whose gate is red
-gets its reason and no number.
+the norm is not zero, every matrix that is trained has moved from where it began, and, for our own arm, loss and every
+gradient of a full batch agree with transformers in float32 on the weights as they are after the warm-up (of an adapter:
+as adapters.py says). An arm whose gate is red gets its reason and no number.
 
 Steps are timed one behind the other, from the end of one on the device to the end of the next. Memory is the peak of
 everything since the arm began to be built, without what the gate took: tensors allocated, what the allocator
@@ -89,13 +89,13 @@ def check_first_step(loss: float, grad_norm: float, expected: dict[str, float]) 
         assert off <= tolerance, f"{name} is {ours:.5f}, transformers' in float32 {expected[name]:.5f}: {off:.1%} off"
 
 
-def check_moved(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """AssertionError where a matrix, by Hugging Face name, is still the checkpoint's, bit for bit.
+def check_moved(weights: Mapping[str, Tensor], file: Path) -> None:
+    """AssertionError where a matrix, by Hugging Face name, is still the one in `file`, bit for bit.
 
     Vectors are left out: in bf16 without stochastic rounding a step of 1e-5 cannot move a norm's weight of 1.
     """
     still = []
-    with safe_open(folder / "model.safetensors", "pt") as stored:
+    with safe_open(file, "pt") as stored:
         names = set(stored.keys())
         assert names <= set(weights), f"there is no {sorted(names - set(weights))[:3]}"
         for name in sorted(names):
@@ -108,7 +108,6 @@ def check_moved(weights: Mapping[str, Tensor], folder: Path) -> None:
 def measure(
     make: Callable[[], Arm],
     work: Work,
-    folder: Path,
     expected: dict[str, float],
     started: float,
     turns: Turns = ALONE,
@@ -122,7 +121,7 @@ def measure(
         turns: this process among others that are in flight.
     """
     try:
-        return _measure(make, work, folder, expected, started, turns)
+        return _measure(make, work, expected, started, turns)
     except Exception as error:  # noqa: BLE001  an arm that cannot run is red, and the others still run
         return red(error)
 
@@ -152,9 +151,7 @@ def red(error: Exception) -> Row:
     return {"error": reason if isinstance(error, AssertionError) else f"{type(error).__name__}: {reason}"}
 
 
-def _measure(
-    make: Callable[[], Arm], work: Work, folder: Path, expected: dict[str, float], started: float, turns: Turns
-) -> Row:
+def _measure(make: Callable[[], Arm], work: Work, expected: dict[str, float], started: float, turns: Turns) -> Row:
     turns.beside_others()
     memory = Memory(work.device)
     arm = make()
@@ -167,7 +164,7 @@ def _measure(
     synchronize(work.device)
     memory.look()
 
-    check_moved(arm.weights(), folder)
+    check_moved(arm.weights(), arm.started_from())
     gradients = arm.check_gradients()
     memory.start()
 

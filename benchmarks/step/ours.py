@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -11,21 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.step.adapters import WEIGHTS_FILE, adapter_folder, gate_file, load_gate, peft_config, variant
 from benchmarks.step.arm import Arm, Spec
+from benchmarks.step.profile import matmul_sides
 from benchmarks.step.reference import Reference
 from benchmarks.step.works import (
     BATCHES,
     BETAS,
     EPS,
-    LEARNING_RATE,
     MAX_GRAD_NORM,
     WEIGHT_DECAY,
     Work,
     batches,
 )
+from chronicals.adapters.peft_files import load_adapter
 from chronicals.data.batch import BatchPlan, PackedBatch, collate
 from chronicals.data.documents import Documents
+from chronicals.errors import UserError
 from chronicals.kernels.attention import TorchVarlen
+from chronicals.kernels.ops import Ops
+from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views, load_config, load_model
 from chronicals.optim.adamw import AdamW
 from chronicals.optim.formats import format_of
@@ -35,6 +41,7 @@ from chronicals.train.graph import own_stream, step_class
 from chronicals.train.guard import Guard
 from chronicals.train.loss_scale import loss_scale_for
 from chronicals.train.precision import resolve_ops
+from chronicals.train.step import to_device
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # of a gradient's norm, against transformers in float32
 
@@ -53,7 +60,7 @@ class Ours(Arm):
     """One window of one micro-batch a step."""
 
     def __init__(self, spec: Spec, work: Work, folder: Path) -> None:
-        self.work, self.folder = work, folder
+        self.spec, self.work, self.folder = spec, work, folder
         device = torch.device(work.device)
         self._stream = ExitStack()  # for as long as this process lives
         self._stream.enter_context(own_stream(device))
@@ -62,11 +69,11 @@ class Ours(Arm):
         ops, kernels = resolve_ops(device, self.dtype, head_dim=load_config(folder).head_dim, deterministic=False)
         if options.get("attention") == "torch":
             ops = replace(ops, attention=TorchVarlen())
-        self.model = load_model(folder, dtype=self.dtype, device=device, ops=ops)
-        self.recompute = options.get("recompute", "light")
+        self.model = self.load(ops, device)
+        self.recompute = options.get("recompute", "full" if work.least_memory else "light")
         layers = options.get("layers")
         self.model.set_recompute(self.recompute, int(layers) if layers else None)
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         wide = spec.precision == "fp32" or self.dtype == torch.float32
         form = format_of("adamw" if wide else "adamw_bf16_sr", self.dtype)
         trained = self.weights()
@@ -101,20 +108,23 @@ class Ours(Arm):
         self.batches = [packed(work, ids) for ids in batches(work)]
         self.steps = 0
 
+    def load(self, ops: Ops, device: torch.device) -> Decoder:
+        return load_model(self.folder, dtype=self.dtype, device=device, ops=ops)
+
     def _guard(self, optimizer: AdamW) -> Guard:
         names = {name: [theirs for theirs, _ in hf_views(self.model, {name: p})] for name, p in self.parameters.items()}
 
         def watched() -> dict[str, Tensor]:
             return self.weights() | optimizer.state()["master"]
 
-        return Guard(names, watched, min_lr=LEARNING_RATE / 10)
+        return Guard(names, watched, min_lr=self.work.learning_rate / 10)
 
     def _live(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.parameters.items()}
 
     def step(self, index: int) -> None:
         self.steps += 1
-        self.output = self.run(self.steps, [self.batches[index % BATCHES]], LEARNING_RATE)
+        self.output = self.run(self.steps, [self.batches[index % BATCHES]], self.work.learning_rate)
 
     def loss(self) -> float:
         return float(self.output.loss)
@@ -137,12 +147,63 @@ class Ours(Arm):
         exact = {name: torch.empty_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
         for name, view in hf_views(self.model, exact):
             view.copy_(theirs[name])
-        errors = {name: float((grads[name].float() - g).norm() / g.norm()) for name, g in exact.items()}
-        worst = max(errors, key=lambda name: errors[name])
-        limit = TOLERANCE[self.dtype]
-        assert errors[worst] <= limit, f"the gradient of {worst} is {errors[worst]:.1e} from float32, at most {limit}"
-        assert abs(loss / expected - 1) <= limit / 10, f"the loss is {loss:.5f}, transformers' {expected:.5f}"
-        return {"worst_gradient": errors[worst], "loss_after_warmup": loss / expected - 1}
+        return judged(loss, grads, expected, exact, TOLERANCE[self.dtype])
+
+    def matmul_sides(self) -> list[tuple[str, int]]:
+        """Of one micro-batch, for the profile."""
+        batch = to_device(self.batches[0], self.model.head_weight.device)
+        return matmul_sides(lambda: self.run.micro(batch))
 
     def facts(self) -> dict[str, str]:
         return self.chosen
+
+
+def judged(
+    loss: float, grads: Mapping[str, Tensor], expected: float, exact: Mapping[str, Tensor], limit: float
+) -> dict[str, float]:
+    """What was seen; AssertionError where a gradient is further than `limit` of its norm from `exact`, or the loss a
+    tenth of that from `expected`."""
+    errors = {}
+    for name, wanted in exact.items():
+        wanted = wanted.to(grads[name].device)
+        errors[name] = float((grads[name].float() - wanted).norm() / wanted.norm())
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= limit, f"the gradient of {worst} is {errors[worst]:.1e} from float32, at most {limit}"
+    assert abs(loss / expected - 1) <= limit / 10, f"the loss is {loss:.5f}, transformers' {expected:.5f}"
+    return {"worst_gradient": errors[worst], "loss_after_warmup": loss / expected - 1}
+
+
+class OursWithAdapter(Ours):
+    """The same with an adapter, read from PEFT's files as a user's is."""
+
+    def load(self, ops: Ops, device: torch.device) -> Decoder:
+        self.variant = variant(self.spec)
+        if self.variant == "nf4":
+            raise UserError("arms with frozen weights in NF4 are not there yet", "leave the arm out")
+        model, place = super().load(ops, device), adapter_folder(self.work, self.folder, self.variant)
+        lora = load_adapter(model, place)
+        dropout = peft_config(self.work, self.variant).lora_dropout
+        if getattr(lora, "dropout", 0.0) != dropout:
+            raise UserError(f"the adapter's dropout is {dropout}, and it is not trained with it", "leave the arm out")
+        return model
+
+    def started_from(self) -> Path:
+        return adapter_folder(self.work, self.folder, self.variant) / WEIGHTS_FILE
+
+    def check_gradients(self) -> dict[str, float]:
+        """Of a full batch in the gate's state, by the unit that the clock will see; then the live state again."""
+        if "dropout" in self.variant:
+            return {}  # the reference has no masks
+        place = adapter_folder(self.work, self.folder, self.variant)
+        expected, values, exact = load_gate(gate_file(self.work, place))
+        live = self.weights()
+        assert live.keys() == values.keys(), f"trained there or here alone: {sorted(live.keys() ^ values.keys())[:3]}"
+        before = {name: tensor.clone() for name, tensor in live.items()}
+        for name, tensor in live.items():
+            tensor.copy_(values[name])
+        self.run.loss.zero_()
+        self.run.run_micro(self.batches[0])
+        found = judged(float(self.run.loss), self.gradients.views, expected, exact, TOLERANCE[self.dtype])
+        for name, tensor in live.items():
+            tensor.copy_(before[name])
+        return found

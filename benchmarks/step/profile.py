@@ -1,17 +1,20 @@
 """Where our step goes: every kernel of some steps by what it is for, beside the least that this machine could take.
 
 Kernels are told apart by name. A matmul's name does not say whose it is, so those around the cross-entropy kernels are
-the head's: one before (logits), two after (the gradients of hidden states and weight). Gaps are the time in which no
-kernel ran between the first and the last one of several steps that were queued without a pause.
+the head's: one before (logits), two after (the gradients of hidden states and weight), or one where the head is frozen.
+An adapter's thin matmuls are told by their sizes: recorded steps carry none, but launch the kernels that a step without
+a recording launches, in the same order, and those are seen beside the op that asked for them. Gaps are the time in
+which no kernel ran between the first and the last one of several steps that were queued without a pause.
 
 A floor is work that no design of this step avoids: its matmuls at the rate of an 8192^3 matmul in this run, its bytes
-at the rate of a large copy in this run; what is computed again to save memory is not in it.
+at the rate of a large copy in this run; what is computed again to save memory is not in it. Thin matmuls are taken to
+read their wide sides by themselves.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,6 +27,8 @@ KINDS: tuple[tuple[str, str], ...] = (  # the first that fits
     ("optimizer", r"adamw|square_sums|tensor_norms|multi_tensor|foreach|lpnorm"),
     ("norms", r"rmsnorm|reduce_partials|column_"),
     ("elementwise", r"glu_|rope_|embedding_"),
+    ("thin matmul", r"lora|dora"),
+    ("copies", r"memcpy|memset|copy_kernel|fill|catarray|place"),
     ("attention", r"flash|fmha|attention"),
     ("matmul", r"nvjet|gemm|splitk|cublas|xmma|cutlass_\d"),
     ("attention", r"kernel_cutlass|cutlass"),  # FlashAttention-4's, compiled by cutlass' DSL
@@ -63,16 +68,55 @@ def kind(name: str) -> str:
     return next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
 
 
-def sorted_out(kernels: Sequence[Kernel]) -> list[tuple[str, Kernel]]:
-    """(kind, kernel) of each, by start; the head's matmuls are the head's."""
+def matmul_sides(run: Callable[[], object]) -> list[tuple[str, int]]:
+    """(kernel, the smallest of M, N, K) of each matmul that `run` launches without a recording, in order."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as profiler:
+        run()
+        torch.cuda.synchronize()
+    found = []
+    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
+        for kernel in event.kernels:
+            if kind(kernel.name) == "matmul":
+                found.append((kernel.name, smallest_side(event.name, event.input_shapes)))
+    return found
+
+
+def smallest_side(op: str, shapes: Sequence[Sequence[int]]) -> int:
+    """Of a product (M, K) @ (K, N) by the shapes of its op's inputs; what adds to something has that first."""
+    left, right = shapes[1:3] if "addmm" in op else shapes[:2]
+    return min(*left, *right)
+
+
+def thin_ones(kernels: Sequence[Kernel], sides: Sequence[tuple[str, int]], limit: int) -> set[int] | None:
+    """Indices into `kernels`, several steps of them, of matmuls with a side of at most `limit`; None where they are not
+    the kernels of `sides`, over and over."""
+    matmuls = [i for i, kernel in enumerate(kernels) if kind(kernel.name) == "matmul"]
+    if not sides or len(matmuls) % len(sides):
+        return None
+    pairs = list(zip(matmuls, list(sides) * (len(matmuls) // len(sides)), strict=True))
+    if any(kernels[i].name != name for i, (name, _) in pairs):
+        return None
+    return {i for i, (_, side) in pairs if side <= limit}
+
+
+def sorted_out(
+    kernels: Sequence[Kernel], *, thin: Collection[int] = (), frozen_head: bool = False
+) -> list[tuple[str, Kernel]]:
+    """(kind, kernel) of each, by start; the head's matmuls are the head's, those of indices `thin` are thin."""
     kinds = [kind(kernel.name) for kernel in kernels]
     sums = [re.search("splitkreduce", kernel.name, re.IGNORECASE) is not None for kernel in kernels]
     matmuls = [i for i, name in enumerate(kinds) if name == "matmul" and not sums[i]]
     for i, name in enumerate(list(kinds)):
         if name == "head" and re.search(r"cross_entropy|dlogits", kernels[i].name):
             before = [m for m in matmuls if m < i][-1:]
-            for m in (*before, *[m for m in matmuls if m > i][:2]):
+            for m in (*before, *[m for m in matmuls if m > i][: 1 if frozen_head else 2]):
                 kinds[m] = "head"
+    for i in thin:
+        kinds[i] = "thin matmul"
     for i in range(1, len(kinds)):
         kinds[i] = kinds[i - 1] if sums[i] else kinds[i]  # over the splits of the matmul before it
     return list(zip(kinds, kernels, strict=True))
@@ -89,10 +133,20 @@ def idle(kernels: Sequence[Kernel]) -> float:
 
 def least_bytes(work: Work, *, master: bool) -> dict[str, float]:
     """Bytes that a step cannot avoid moving, by kind; bf16 activations, each read and written where it is needed."""
-    s, tokens = work.shape, work.tokens
+    s, tokens, lora = work.shape, work.tokens, work.lora
     wide, qk = 2 * tokens * s.hidden, 2 * tokens * (s.heads + s.kv_heads) * s.head_dim
     glu = 2 * tokens * s.intermediate
     qkv = 2 * tokens * (s.heads + 2 * s.kv_heads) * s.head_dim
+    if lora:  # nor weights' gradients, but thin matmuls: x and dy of every fused projection, forward and backward
+        sides = 2 * s.hidden + s.heads * s.head_dim + s.intermediate  # qkv and gate-up read one x each
+        outs = (s.heads + 2 * s.kv_heads) * s.head_dim + 2 * s.hidden + 2 * s.intermediate
+        return {
+            "head": 2 * 2 * tokens * s.vocab,
+            "norms": s.layers * 2 * 8 * wide + 6 * wide,
+            "elementwise": s.layers * (2 * 2 * qk + 8 * glu) + 2 * wide,
+            "thin matmul": 2 * 2 * tokens * s.layers * (sides + outs),
+            "optimizer": (30 if master else 16) * s.layers * lora.layer_weights(s),
+        }
     return {
         "head": 2 * 2 * tokens * s.vocab,  # logits: written by one matmul, read and rewritten by the loss, read by two
         # add and norm: two in, two out, and as much backward; the biases' gradient reads that of q, k, v
@@ -107,15 +161,23 @@ def least_bytes(work: Work, *, master: bool) -> dict[str, float]:
 def floors(work: Work, ceilings: dict[str, float], *, master: bool) -> dict[str, float]:
     """Seconds of a step, by kind."""
     flops, moved = work.flops(), least_bytes(work, master=master)
+    flops.pop("adapters", None)  # thin matmuls are as slow as memory
     matmul, copy = ceilings["matmul_flops_per_second"], ceilings["copy_bytes_per_second"]
     return {name: flops.get(name, 0.0) / matmul + moved.get(name, 0.0) / copy for name in {*flops, *moved}}
 
 
-def summed(kernels: Sequence[Kernel], steps: int, floor: dict[str, float]) -> dict[str, Any]:
+def summed(
+    kernels: Sequence[Kernel],
+    steps: int,
+    floor: dict[str, float],
+    *,
+    thin: Collection[int] = (),
+    frozen_head: bool = False,
+) -> dict[str, Any]:
     """The profile of `steps` steps, by kind: seconds and launches of one step, and its floor."""
     by_kind: dict[str, dict[str, float]] = {}
     by_name: dict[str, dict[str, Any]] = {}
-    for name, kernel in sorted_out(kernels):
+    for name, kernel in sorted_out(kernels, thin=thin, frozen_head=frozen_head):
         for table, key in ((by_kind, name), (by_name, f"{name}: {kernel.name[:90]}")):
             row = table.setdefault(key, {"seconds": 0.0, "launches": 0.0})
             row["seconds"] += kernel.seconds / steps
@@ -143,7 +205,12 @@ def profile_step(arm: Any, work: Work, ceilings: dict[str, float], median: float
 
     kernels_of(steps)  # the profiler's own start-up is in the first
     floor = floors(work, ceilings, master=arm.chosen["precision"] == "fp32")
-    return summed(kernels_of(steps), STEPS, floor) | {"step_seconds": median}
+    kernels, thin, told_apart = kernels_of(steps), set[int](), True
+    if work.lora:
+        found = thin_ones(kernels, arm.matmul_sides(), 3 * work.lora.rank)
+        thin, told_apart = found or thin, found is not None
+    made = summed(kernels, STEPS, floor, thin=thin, frozen_head=work.lora is not None) | {"step_seconds": median}
+    return made if told_apart else made | {"note": "thin matmuls were not told apart: they are among the matmuls"}
 
 
 def told(profile: dict[str, Any] | None) -> list[str]:
@@ -159,7 +226,7 @@ def told(profile: dict[str, Any] | None) -> list[str]:
         )
     lines.append(f"{'gaps':14}{1e3 * profile['gaps_seconds']:8.2f}{0:8.2f}{profile['gaps_share']:>10.1%} of the step")
     lines.append(f"{'step':14}{1e3 * profile['step_seconds']:8.2f}{1e3 * profile['floor_seconds']:8.2f}")
-    return lines
+    return [*lines, profile["note"]] if "note" in profile else lines
 
 
 # One layer

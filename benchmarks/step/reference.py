@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,14 +24,11 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 def make_checkpoint(work: Work, folder: Path, texts: Iterable[str]) -> None:
     """config.json, bf16 weights, and a byte-level BPE of 8192 trained on `texts`, which peers' loaders ask for."""
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2Tokenizer
+    from transformers import Qwen2Tokenizer
 
     settings = work.shape.config()
-    config = Qwen2Config(**{k: v for k, v in settings.items() if k not in ("model_type", "architectures")})
     torch.manual_seed(SEED)
-    with torch.device(work.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    state = {}
+    model, state = empty_model(work), {}
     for name, p in model.named_parameters():
         if p.ndim == 1:
             torch.nn.init.normal_(p, mean=float("norm" in name), std=settings["initializer_range"])
@@ -46,17 +44,24 @@ def make_checkpoint(work: Work, folder: Path, texts: Iterable[str]) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def empty_model(work: Work) -> Any:
+    """transformers' model of the work's shape, in float32 on its device; its weights are random."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device(work.device):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**work.shape.config()), dtype=torch.float32, attn_implementation="sdpa"
+        )
+
+
 class Reference:
     """transformers in float32 on a checkpoint, or on weights given by Hugging Face name."""
 
     def __init__(self, work: Work, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.work = work
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-        self.model = model.to(work.device)
-        for name, p in self.model.named_parameters() if weights is not None else ():
-            p.data.copy_(weights[name])
+        self.work, self.model = work, empty_model(work)
+        with safe_open(folder / "model.safetensors", "pt", device=work.device) as stored:
+            for name, p in self.model.named_parameters():
+                p.data.copy_(stored.get_tensor(name) if weights is None else weights[name])
 
     def run(self, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
         """Mean loss over the supervised tokens of (documents, length) ids, and its gradients by Hugging Face name."""

@@ -4,7 +4,8 @@ Every arm runs in a process of its own, on the same checkpoint, batches and reci
 only after its gate (measure.py). Works of earlier runs stay in the file, each with its own machine and commit.
 
 Arms named `*_fp32` keep master weights and moments in float32; all others have bf16 weights, gradients and moments,
-ours with stochastic rounding. Ratios are to the quickest peer of the same precision whose gate is green.
+ours with stochastic rounding; where an adapter is trained, all this is said of the adapter, and the frozen weights are
+bf16. Ratios are to the quickest peer of the same precision whose gate is green.
 
 Utilisation is model FLOPs (works.py: `Work.flops`) over time, against the GPU's data sheet and against the rate of an
 8192^3 bf16 matmul in this very run.
@@ -19,17 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from typing import Any
 
-from benchmarks.step.arm import ARMS, Spec, build
+from benchmarks.step.adapters import PLAIN, variant
+from benchmarks.step.arm import ARMS, LORA_ARMS, Spec, arms_of, build
 from benchmarks.step.profile import told as profiled
 from benchmarks.step.profile import told_layer as profiled_layer
 from benchmarks.step.sft import GSM8K, SFT_ARMS, SFT_MEASURED, measure_sft, read
-from benchmarks.step.summary import KINDS, suffix, told, verdicts
+from benchmarks.step.summary import kinds, suffix, told, verdicts
 from benchmarks.step.turns import Turns
 from benchmarks.step.works import CLOCK, WORKS, Work
 
@@ -46,15 +50,27 @@ PACKAGES = (
         "unsloth",
         "unsloth_zoo",
     ),
-    *("trl", "xformers", "bitsandbytes"),
+    *("trl", "xformers", "bitsandbytes", "peft"),
 )
 LIMIT = 600  # seconds an arm may take in all, waiting for its turn included
+MADE = "made"  # a file in a checkpoint's folder: it is whole
 LOG_LINES = 25  # of a red arm's log, on stderr
-MEASURED = (  # the default; `--arm` chooses others
+MEASURED = (  # the default of full works; `--arm` chooses others
     *("ours", "ours_varlen", "ours_less", "ours_least"),
     *("unsloth", "unsloth_graphs", "liger", "compile", "compile_graphs", "eager"),
     *("ours_fp32", "unsloth_fp32", "liger_fp32", "compile_fp32", "eager_fp32"),
 )
+LORA_MEASURED = {  # the default of each work
+    "lora05": (
+        *("ours", "ours_varlen", "ours_mlp2", "ours_mlp10", "unsloth", "liger", "compile", "eager"),
+        *("ours_fp32", "unsloth_fp32", "liger_fp32"),
+        *("ours_dropout", "ours_bias", "ours_dora", "ours_dora_dropout"),
+    ),
+    "lora05s": ("ours", "unsloth", "unsloth_graphs", "liger", "compile", "compile_graphs", "eager"),
+    "lora8b": ("ours", "unsloth", "liger", "ours_qlora"),
+    "lora8bck": ("ours", "unsloth", "liger", "ours_qlora"),
+}
+DEFAULT = ("full05", "full05s", *LORA_MEASURED)  # works
 ALL = WORKS | {GSM8K.name: GSM8K}
 
 
@@ -116,8 +132,17 @@ def machine(argv: list[str], commit: str | None) -> dict[str, Any]:
 class Runner:
     """The children of one run, and the file that they fill."""
 
-    def __init__(self, out: Path, where: dict[str, Any], folder: Path, at_once: int, turns: Path | None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        where: dict[str, Any],
+        folder: Path,
+        at_once: int,
+        turns: Path | None,
+        checkpoints: Path | None = None,
+    ) -> None:
         self.out, self.where, self.folder = out, where, folder
+        self.checkpoints = (checkpoints or folder).absolute()
         self.turns = folder / "turns" if turns is None and at_once > 1 else turns
         self.at_once, self._slots, self._writing = at_once, BoundedSemaphore(at_once), Lock()
         self.record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"works": {}}
@@ -146,22 +171,33 @@ class Runner:
 
     def work(self, work: Work, arms: list[str], warm: list[str], options: list[str]) -> int:
         """All arms of one work, a section of the file for those that are compared; the number of red ones."""
-        asked = ["--child", work.name, *options, "--folder", str(self.folder / work.name / "checkpoint")]
-        prepared = self.child([*asked, "--prepare"], f"{work.name}_prepare")
+        asked = ["--child", work.name, *options, "--folder", str(self.checkpoints / checkpoint_name(work))]
+        named = [part for name in arms for part in ("--arm", name)]
+        prepared = self.child([*asked, *named, "--prepare"], f"{work.name}_prepare")
         assert "error" not in prepared, f"{work.name}: {prepared['error']}\n{self.log(f'{work.name}_prepare')}"
         print(f"-- {work.name}: {work.title}; {prepared['gpu']} {prepared['ceilings']}", flush=True)
         print(f"   transformers in float32: {prepared['expected']}", flush=True)
-        asked += [part for name in ("expected", "ceilings") for part in (f"--{name}", json.dumps(prepared[name]))]
+        asked += ["--ceilings", json.dumps(prepared["ceilings"])]
+        variants = prepared.pop("variants", {})
+
+        def exact(name: str) -> list[str]:
+            spec = arms_of(work)[name] if work.lora else None
+            return ["--expected", json.dumps(variants[variant(spec)] if spec else prepared["expected"])]
+
         clock = "by the wall, 45 steps in three parts" if work.name == GSM8K.name else CLOCK
         facts = {"tokens": work.tokens, "flops": work.flops(), "at_once": self.at_once, "clock": clock}
+        facts |= {"lora": asdict(work.lora)} if work.lora else {}
         sections: dict[str, dict[str, Any]] = {}
         for end in dict.fromkeys(suffix(name) for name in arms):
-            title = f"{work.title}: {KINDS[end]}"
+            title = f"{work.title}: {kinds(lora=work.lora is not None)[end]}"
             rows = {name: {"error": "it was not run"} for name in arms if suffix(name) == end}
             sections[end] = self.where | prepared | facts | {"title": title, "arms": rows}
             self.record["works"][work.name + end] = sections[end]
         with ThreadPoolExecutor(self.at_once) as pool:
-            for done in [pool.submit(self.arm, work, n, asked, sections[suffix(n)], warm=n in warm) for n in arms]:
+            pending = [
+                pool.submit(self.arm, work, n, [*asked, *exact(n)], sections[suffix(n)], warm=n in warm) for n in arms
+            ]
+            for done in pending:
                 done.result()
         for end, section in sections.items():
             for line in verdicts(work.name + end, section):
@@ -184,13 +220,46 @@ class Runner:
                 print(self.log(f"{work.name}_{name}"), file=sys.stderr, flush=True)
 
 
-def prepare(work: Work, folder: Path, data: Path | None, turns: Turns) -> dict[str, Any]:
-    """In a child: the GPU, what it does at best, the checkpoint, and what transformers computes on it."""
+def default_arms(work: Work) -> Sequence[str]:
+    return LORA_MEASURED.get(work.name, ("ours", "eager")) if work.lora else MEASURED
+
+
+def checkpoint_name(work: Work) -> str:
+    """Works of one shape share a checkpoint; the tokenizer of gsm8k's is trained on its data."""
+    if work.name == GSM8K.name:
+        return work.name
+    s = work.shape
+    return f"{s.family}_{s.layers}x{s.hidden}_{s.vocab}"
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Works that share a checkpoint make it once, though they begin together."""
+    import fcntl  # POSIX only, like the machines that are measured
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+        yield
+
+
+def prepare(work: Work, folder: Path, data: Path | None, turns: Turns, variants: Sequence[str] = ()) -> dict[str, Any]:
+    """In a child: the GPU, what it does at best, the checkpoint, and what transformers computes on it; where an adapter
+    is trained, each of `variants` of it."""
+    from benchmarks.step.adapters import expected_where_possible
     from benchmarks.step.reference import expected, make_checkpoint
 
     turns.beside_others()
-    make_checkpoint(work, folder, texts() if data is None else [question + answer for question, answer in read(data)])
-    exact = expected(work, folder) if data is None else None
+    with one_at_a_time(folder):
+        if not (folder / MADE).is_file():
+            make_checkpoint(work, folder, texts() if data is None else [q + a for q, a in read(data)])
+            (folder / MADE).touch()
+        exact: dict[str, Any] = {"expected": None}
+        if work.lora:
+            exact["variants"] = {name: expected_where_possible(work, folder, name) for name in (PLAIN, *variants)}
+            exact["expected"] = exact["variants"][PLAIN]
+        elif data is None:
+            exact["expected"] = expected(work, folder)
     gpu = ceilings = None
     if work.device == "cuda":
         import torch
@@ -199,24 +268,26 @@ def prepare(work: Work, folder: Path, data: Path | None, turns: Turns) -> dict[s
 
         turns.alone()
         gpu, ceilings = torch.cuda.get_device_name(), measured()
-    return {"expected": exact, "gpu": gpu, "ceilings": ceilings}
+    return exact | {"gpu": gpu, "ceilings": ceilings}
 
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
     """In a child: what it was asked for."""
     work, turns = ALL[options.child], Turns(options.turns)
     if options.prepare:
-        return prepare(work, options.folder, options.data if work is GSM8K else None, turns)
+        asked = [variant(arms_of(work)[name]) for name in options.arm] if work.lora else []
+        return prepare(work, options.folder, options.data if work is GSM8K else None, turns, asked)
     (name,) = options.arm
     if work is GSM8K:
         return measure_sft(SFT_ARMS[name], options.folder, options.data, options.started, turns)
+    spec = arms_of(work)[name]
     if options.only_first_step:
         turns.alone()
-        arm = build(ARMS[name], work, options.folder)
+        arm = build(spec, work, options.folder)
         arm.step(0)
         arm.loss()
         return {"first_step_seconds": time.time() - options.started - turns.waited}
-    return _measured(ARMS[name], replace(work, timed=options.steps or work.timed), options, turns)
+    return _measured(spec, replace(work, timed=options.steps or work.timed), options, turns)
 
 
 def _measured(spec: Spec, work: Work, options: argparse.Namespace, turns: Turns) -> dict[str, Any]:
@@ -228,7 +299,10 @@ def _measured(spec: Spec, work: Work, options: argparse.Namespace, turns: Turns)
         made.append(build(spec, work, options.folder))
         return made[0]
 
-    row = measure(make, work, options.folder, json.loads(options.expected), options.started, turns)
+    exact = json.loads(options.expected)
+    if "error" in exact:
+        return exact
+    row = measure(make, work, exact, options.started, turns)
     if options.profile and "error" not in row and spec == ARMS["ours"]:
         from benchmarks.step.layer import table
         from benchmarks.step.profile import profile_step
@@ -236,14 +310,14 @@ def _measured(spec: Spec, work: Work, options: argparse.Namespace, turns: Turns)
         turns.alone()
         limits = json.loads(options.ceilings)
         row["profile"] = profile_step(made[0], work, limits, row["seconds"]["median"])
-        if made[0].recompute == "light":
+        if made[0].recompute == "light" and work.lora is None:
             row["layer"] = table(made[0], work, options.folder, limits, turns.beside_others)
     return row
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.step.run", description=(__doc__ or "").splitlines()[0])
-    names = sorted({*ARMS, *SFT_ARMS})
+    names = sorted({*ARMS, *LORA_ARMS, *SFT_ARMS})
     parser.add_argument("--work", action="append", choices=sorted(ALL), help="only this one; may be repeated")
     parser.add_argument("--arm", action="append", choices=names, help="only this one; may be repeated")
     parser.add_argument("--data", type=Path, help="for gsm8k: its train.jsonl, rows of question and answer")
@@ -258,6 +332,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--commit", help="what to record where this is a copy without history")
+    parser.add_argument("--checkpoints", type=Path, help="where checkpoints are kept for later runs, gigabytes of them")
     parser.add_argument(
         "--turns", type=Path, help="a file that several runs share, so that one arm of them all is timed"
     )
@@ -276,7 +351,7 @@ def main(argv: list[str]) -> int:
         return 0
     import torch
 
-    works = [ALL[name] for name in options.work or ("full05", "full05s", *(["gsm8k"] if options.data else []))]
+    works = [ALL[name] for name in options.work or (*DEFAULT, *(["gsm8k"] if options.data else []))]
     if GSM8K in works and options.data is None:
         print("error: gsm8k needs --data FILE, its train.jsonl with question and answer", file=sys.stderr)
         return 2
@@ -284,16 +359,17 @@ def main(argv: list[str]) -> int:
         print("error: no GPU here, so nothing was measured; run this on a machine that has one", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(options.out, machine(argv, options.commit), Path(folder), options.at_once, options.turns)
+        where = machine(argv, options.commit)
+        runner = Runner(options.out, where, Path(folder), options.at_once, options.turns, options.checkpoints)
         print(runner.where["versions"], runner.where["commit"], flush=True)
         passed = ["--profile"] if options.profile else []
         passed += ["--steps", str(options.steps)] if options.steps else []
         passed += ["--data", str(options.data.absolute())] if options.data else []
 
         def run(work: Work) -> int:
-            known, measured = (SFT_ARMS, SFT_MEASURED) if work is GSM8K else (ARMS, MEASURED)
+            known, measured = (SFT_ARMS, SFT_MEASURED) if work is GSM8K else (arms_of(work), default_arms(work))
             arms = [name for name in options.arm or measured if name in known]
-            return runner.work(work, arms, options.warm or ["ours"], passed)
+            return runner.work(work, arms, options.warm or ([] if work.lora else ["ours"]), passed)
 
         with ThreadPoolExecutor(len(works) if options.at_once > 1 else 1) as pool:
             red = sum(pool.map(run, works))

@@ -152,7 +152,9 @@ def ours(spec: SftSpec, folder: Path, file: Path, started: float, turns: Turns) 
     turns.done()
     rows = {r["step"]: r for r in map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())}
     model = load_model(out)
-    check_moved(dict(hf_views(model, {name: p.detach() for name, p in model.named_parameters()})), folder)
+    check_moved(
+        dict(hf_views(model, {name: p.detach() for name, p in model.named_parameters()})), folder / "model.safetensors"
+    )
     marks, at = {MARKS[0]: 0.0}, 0.0
     for before, step in pairwise(MARKS):
         at += (rows[step]["tokens"] - rows[before]["tokens"]) / rows[step]["tokens_per_second"]

@@ -15,6 +15,10 @@ SEEN: dict[str, dict[str, float]] = {  # work -> peer -> tokens/s
     "full05s": {"unsloth": 24.4e3, "liger": 16.0e3, "compile": 63.8e3},
     "gsm8k": {"unsloth_packed": 50.7e3, "unsloth_default": 27.5e3, "trl_liger": 11.2e3},
     "gsm8k_masked": {"unsloth_packed_masked": 50.7e3},  # fewer rows in the loss are no reason to be slower
+    "lora05": {"unsloth": 123.1e3, "liger": 100.4e3, "compile": 112.1e3, "eager": 81.5e3},
+    "lora05s": {"unsloth": 19.3e3, "liger": 12.7e3},
+    "lora8b": {"unsloth": 15.9e3, "liger": 15.3e3},
+    "lora8bck": {"unsloth": 11.2e3},
 }
 SHORT = 0.9
 SEEN_ON = "H200"
@@ -28,11 +32,31 @@ SPEED: dict[str, tuple[tuple[str, str | None, float], ...]] = {
 MEMORY_GIB: dict[str, dict[str, float]] = {  # allocated at the peak, at most
     "full05": {"ours": 16.0, "ours_less": 14.0},
     "full05s": {"ours": 6.2},
+    "lora8bck": {"ours_qlora": 12.0},
+}
+# work -> (at least this many times as fast as, the peer or None for the best, by an arm of ours within so many GiB)
+WITHIN: dict[str, tuple[tuple[float, str | None, float], ...]] = {
+    "lora05": ((1.45, None, 12.5), (1.35, None, 10.0)),
+    "lora05s": ((8.0, "unsloth", 3.3),),
+    "lora8b": ((1.12, None, 46.0),),
+    "lora8bck": ((1.25, "unsloth", 20.0),),
+}
+# an arm of ours that computes more than `ours` -> how much longer its step may be, as a share; None: it is told
+COSTS: dict[str, float | None] = {
+    "ours_dropout": 0.05,
+    "ours_bias": 0.05,
+    "ours_dora": 0.25,
+    "ours_dora_dropout": None,
+    "ours_qlora": 0.15,
 }
 KINDS = {  # the end of an arm's name -> what its section says
     "": "bf16 weights, gradients and moments",
     "_fp32": "master weights and moments in float32",
     "_masked": "prompts masked, bf16 weights, gradients and moments",
+}
+LORA_KINDS = {
+    "": "bf16 adapters with bf16 gradients and moments",
+    "_fp32": "float32 adapters (ours: float32 masters of bf16 ones) and moments",
 }
 DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
 
@@ -43,6 +67,11 @@ def speed(row: Mapping[str, Any]) -> float:
 
 def is_peer(name: str) -> bool:
     return not name.startswith("ours")
+
+
+def kinds(*, lora: bool) -> Mapping[str, str]:
+    """The end of an arm's name -> what its section says."""
+    return LORA_KINDS if lora else KINDS
 
 
 def suffix(name: str) -> str:
@@ -77,6 +106,11 @@ def best_peer(work: str, of: str, section: Mapping[str, Any]) -> str | None:
     )
 
 
+def set_against(work: str, name: str, section: Mapping[str, Any]) -> str | None:
+    """The peer that arm `name` is set against: none where it is a peer itself or computes what no peer does."""
+    return None if is_peer(name) or name in COSTS else best_peer(work, name, section)
+
+
 def utilisation(row: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, float]:
     """Model FLOP/s as a share of the data sheet's (where known) and of the run's own matmul."""
     if not section["ceilings"] or "flops_per_second" not in row:
@@ -95,7 +129,7 @@ def told(name: str, row: Mapping[str, Any], section: Mapping[str, Any]) -> str:
     shares = utilisation(row, section)
     line += f"  MFU {shares['matmul']:.1%} of matmul" if shares else ""
     if memory:
-        line += f"  GiB {memory['allocated']:.1f}/{memory['reserved']:.1f}/{memory['device']:.1f}"
+        line += f"  GiB {'/'.join(f'{gib:.1f}' for gib in memory.values())}"
     warm = row.get("first_step_seconds_warm")
     line += f"  first step {row['first_step_seconds']:.0f} s"
     line += f" (warm {warm:.1f})" if isinstance(warm, float) else ""
@@ -107,7 +141,7 @@ def verdicts(work: str, section: Mapping[str, Any]) -> list[str]:
     rows, lines = green(section), []
     lines += [f"!! {why}" for name in rows if is_peer(name) and (why := misconfigured(work, name, section))]
     for name in rows:
-        peer = None if is_peer(name) else best_peer(work, name, section)
+        peer = set_against(work, name, section)
         if peer is not None:
             lines.append(f"{name} is {speed(rows[name]) / speed(rows[peer]):.2f}x {peer}, the quickest peer")
     for name, against, least in SPEED.get(work, ()):
@@ -115,6 +149,8 @@ def verdicts(work: str, section: Mapping[str, Any]) -> list[str]:
         if name in rows and peer in rows and not misconfigured(work, peer, section):
             ratio = speed(rows[name]) / speed(rows[peer])
             lines.append(f"{'met ' if ratio >= least else 'MISS'} {name} {ratio:.2f}x {peer}, target {least:g}x")
+    lines += _within(work, section)
+    lines += _costs(section)
     for name, most in MEMORY_GIB.get(work, {}).items():
         if name in rows and rows[name]["memory_gib"]:
             used = rows[name]["memory_gib"]["allocated"]
@@ -123,4 +159,37 @@ def verdicts(work: str, section: Mapping[str, Any]) -> list[str]:
         if name in rows and peer in rows:
             used, most = (rows[each]["memory_gib"]["allocated"] for each in (name, peer))
             lines.append(f"{'met ' if used <= most else 'MISS'} {name} {used:.1f} GiB, {peer} {most:.1f}")
+    return lines
+
+
+def _within(work: str, section: Mapping[str, Any]) -> list[str]:
+    """Of each target of speed within a memory: whether the quickest arm of ours that needs no more meets it."""
+    rows, lines = green(section), []
+    for least, named, most in WITHIN.get(work, ()):
+        fit = [
+            name
+            for name, row in rows.items()
+            if not is_peer(name) and name not in COSTS and row["memory_gib"]["allocated"] <= most
+        ]
+        if not fit:
+            lines.append(f"MISS no arm of ours within {most:g} GiB")
+            continue
+        name = max(fit, key=lambda each: speed(rows[each]))
+        peer = named or best_peer(work, name, section)
+        if peer in rows and not misconfigured(work, peer, section):
+            ratio, used = speed(rows[name]) / speed(rows[peer]), rows[name]["memory_gib"]["allocated"]
+            verdict = "met " if ratio >= least else "MISS"
+            lines.append(f"{verdict} {name} {ratio:.2f}x {peer} at {used:.1f} GiB, target {least:g}x within {most:g}")
+    return lines
+
+
+def _costs(section: Mapping[str, Any]) -> list[str]:
+    """What dropout, biases, DoRA and NF4 cost beside plain LoRA."""
+    rows, lines = green(section), []
+    for name, most in COSTS.items():
+        if name in rows and "ours" in rows:
+            longer = speed(rows["ours"]) / speed(rows[name]) - 1
+            verdict = "    " if most is None else "met " if longer <= most else "MISS"
+            limit = "" if most is None else f", at most {most:.0%}"
+            lines.append(f"{verdict} {name} takes {longer:.1%} longer than ours{limit}")
     return lines

@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
 
 def row(kind: type[Arm], checkpoint: tuple[Path, dict[str, float]]) -> dict[str, Any]:
     folder, exact = checkpoint
-    return measure(lambda: kind(Spec("tiny"), TINY, folder), TINY, folder, exact, time.time())  # type: ignore[call-arg]
+    return measure(lambda: kind(Spec("tiny"), TINY, folder), TINY, exact, time.time())  # type: ignore[call-arg]
 
 
 class DetachedLoss(Eager):

@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.step.layer import launches
-from benchmarks.step.profile import Kernel, floors, idle, kind, layer_ops, layer_rows, summed, told, told_layer
+from benchmarks.step.profile import (
+    Kernel,
+    floors,
+    idle,
+    kind,
+    layer_ops,
+    layer_rows,
+    smallest_side,
+    summed,
+    thin_ones,
+    told,
+    told_layer,
+)
 from benchmarks.step.works import QWEN_05B, WORKS
 
 CEILINGS = {"matmul_flops_per_second": 700e12, "copy_bytes_per_second": 4e12}
@@ -27,8 +39,8 @@ GEMM = "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NTN"
         ("rmsnorm_backward_kernel", "norms"),
         ("glu_backward_kernel", "elementwise"),
         ("void at::native::vectorized_elementwise_kernel<4>", "other"),
-        ("Memcpy DtoD (Device -> Device)", "other"),
-        ("Memset (Device)", "other"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("Memset (Device)", "copies"),
     ],
 )
 def test_a_kernel_is_told_by_its_name(name: str, expected: str) -> None:
@@ -111,3 +123,33 @@ def test_ncus_table_is_read() -> None:
     found = launches(text)
     assert found == [Kernel("glu_forward_kernel", 0.0, 119e-6, 478150656)]
     assert launches("==ERROR== no permission to read the counters\n") is None
+
+
+def test_thin_matmuls_are_told_by_their_sizes() -> None:
+    wide, thin = f"{GEMM}_wide", f"{GEMM}_thin"
+    step = in_a_row(thin, wide, "glu_kernel", wide, "cross_entropy_kernel", wide, GEMM, "lora_dropout_kernel")
+    sides = [(thin, 96), (wide, 896), (wide, 896), (wide, 896), (GEMM, 32)]
+    thin_places = thin_ones(step * 2, sides, 96)
+    assert thin_places == {0, 6, 8, 14}
+    found = summed(step * 2, 2, {}, thin=thin_places, frozen_head=True)["kinds"]
+    assert {name: row["launches"] for name, row in found.items()} == {
+        **{"thin matmul": 3, "matmul": 1, "head": 3, "elementwise": 1}
+    }
+    assert thin_ones(step, sides[::-1], 96) is None, "other kernels"
+    assert thin_ones(step, sides[:-1], 96) is None, "fewer"
+
+
+def test_the_smallest_side_is_of_a_products_three() -> None:
+    assert smallest_side("aten::mm", [[16384, 896], [896, 96]]) == 96
+    assert smallest_side("aten::mm", [[32, 16384], [16384, 896], []]) == 32
+    assert smallest_side("aten::addmm", [[1152], [16384, 992], [992, 1152]]) == 992
+
+
+def test_floors_of_adapters_leave_frozen_weights_gradients_out() -> None:
+    full, lora = (floors(WORKS[name], CEILINGS, master=False) for name in ("full05", "lora05"))
+    assert lora["matmul"] == pytest.approx(full["matmul"] * 4 / 6)
+    assert lora["optimizer"] == pytest.approx(16 * 17_596_416 / 4e12)
+    assert lora["thin matmul"] == pytest.approx(
+        2 * 2 * 16384 * 24 * (2 * 896 + 896 + 4864 + 1152 + 2 * 896 + 9728) / 4e12
+    )
+    assert "adapters" not in lora
