@@ -49,7 +49,7 @@ class LoRAProjection(Projection):
 
     def __init__(self, base: Projection, targets: Mapping[str, Target]) -> None:
         nn.Module.__init__(self)  # not Projection's, which would make a weight
-        self.ops, self.weight, self.bias = base.ops, base.weight, base.bias
+        self.ops, self.weight, self.bias, self.store = base.ops, base.weight, base.bias, base.store
         self.targets = dict(targets)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name, target in targets.items():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chronicals.kernels import column_sums, embedding, glu, lora, rmsnorm, rope
+from chronicals.kernels import column_sums, embedding, glu, lora, nf4, rmsnorm, rope
 from chronicals.kernels.attention import AttentionBackend, ByDevice
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -37,6 +37,7 @@ class Ops:
     glu_forward: Callable[..., Tensor]
     glu_backward: Callable[..., Tensor]
     place_adapters: Callable[..., Callable[[], None]]
+    nf4_dequantize: Callable[..., Tensor]
     attention: AttentionBackend
     linear_cross_entropy: Callable[..., Tensor]  # differentiable: the one op that is a step of its own
 
@@ -56,6 +57,7 @@ REFERENCE = Ops(
     glu_forward=glu.glu_forward,
     glu_backward=glu.glu_backward,
     place_adapters=lora.place_adapters,
+    nf4_dequantize=nf4.dequantize,
     attention=ByDevice(),
     linear_cross_entropy=linear_cross_entropy,
 )
@@ -83,6 +85,7 @@ def fused(
         embedding,
         glu,
         linear_cross_entropy,
+        nf4,
         place_adapters,
         rmsnorm,
         rope,
@@ -103,6 +106,7 @@ def fused(
         glu_forward=glu.glu_forward,
         glu_backward=glu.glu_backward,
         place_adapters=place_adapters.place_adapters,
+        nf4_dequantize=nf4.dequantize,
         attention=attention.backend_for(torch.device(device), dtype, head_dim=head_dim, deterministic=deterministic),
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
     )

@@ -1,7 +1,7 @@
 """What a decoder is, as data: read from config.json through the family's table, and written back without losing a key.
 
 A value that changes what transformers computes is honoured or refused by name; nothing is ignored in silence. Left
-out: quantised checkpoints, attention dropout.
+out: attention dropout.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from chronicals.errors import UserError
 from chronicals.models.families import FAMILIES, Family
+from chronicals.models.quantization import NF4, quantization_of
 from chronicals.models.rope import RopeConfig, rope_from_hf, rope_to_hf
 
 _ACTIVATIONS = {
@@ -63,6 +64,7 @@ class ModelConfig:
     qk_norm: bool
     tie_word_embeddings: bool
     initializer_range: float
+    quantization: NF4 | None = None  # of the checkpoint
     source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -113,6 +115,7 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             tie_word_embeddings=bool(get("tie_word_embeddings")),
             initializer_range=get("initializer_range"),
+            quantization=quantization_of(data),
             source=dict(data),
         )
 
@@ -164,7 +167,6 @@ def _size(data: Mapping[str, Any], key: str) -> int:
 def _refuse_unsupported(data: Mapping[str, Any]) -> None:
     for key, neutral, mend in (
         ("attention_dropout", 0, "set it to 0.0 in config.json"),
-        ("quantization_config", None, "use the checkpoint in 16 or 32 bits"),
         ("pruned_heads", None, "use the unpruned checkpoint"),
     ):
         value = data.get(key)

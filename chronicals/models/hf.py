@@ -2,8 +2,8 @@
 
 This is the one place that knows both names of a tensor: fused weights (q, k, v; gate, up) come together on loading
 and apart in `hf_views`. Loading reads each file once, front to back (shards.py), straight into our slices on the
-device. Saving writes each file aside, fsyncs it and renames it, so that a file under its final name is whole. Left
-out: pickled weights (`.bin`: loading one runs code), quantised checkpoints.
+device; weights in 4 bits go through nf4.py. Saving writes each file aside, fsyncs it and renames it, so that a file
+under its final name is whole. Left out: pickled weights (`.bin`: loading one runs code), saving weights in 4 bits.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from chronicals.kernels.ops import REFERENCE, Ops
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.families import FAMILIES
+from chronicals.models.nf4 import STATE, Modules, NF4Gather, NF4Store, give_up_weights
+from chronicals.models.projection import Projection
+from chronicals.models.quantization import NF4
 from chronicals.models.shards import FLOATS, Stored, stored_tensors, stream
 
 _CONFIG = "config.json"
@@ -47,6 +50,7 @@ def load_model(
     device: torch.device | str = "cpu",
     ops: Ops = REFERENCE,
     revision: str | None = None,
+    quantization: NF4 | None = None,
 ) -> Decoder:
     """A decoder with a checkpoint's weights.
 
@@ -56,6 +60,8 @@ def load_model(
         device: of the parameters.
         ops: the kernels to run it with.
         revision: of a hub repository.
+        quantization: what to make of the layers' projections, whose weights are frozen then; what a checkpoint has
+            quantised already stays as it is.
 
     Raises:
         UserError: no such model, an unsupported config.json, or a tensor that is missing, extra, misshapen or damaged.
@@ -63,12 +69,23 @@ def load_model(
     folder = hub.resolve(path_or_id, revision=revision, allow_patterns=DOWNLOADS)
     config = load_config(folder)
     stored = _stored_tensors(folder)
-    model = Decoder(config, ops, device=device, dtype=dtype)
+    quantization = config.quantization or quantization
+    model = Decoder(config, ops, device=device if quantization is None else "meta", dtype=dtype)
+    in_4_bits = {} if quantization is None else _in_4_bits(model, stored)
+    give_up_weights(model, in_4_bits)
+    if quantization is not None:
+        model.to_empty(device=device)
+    gather = NF4Gather(model, in_4_bits, stored, quantization or NF4())
     wanted = dict(hf_views(model, {name: parameter.detach() for name, parameter in model.named_parameters()}))
-    _check_names(folder, stored, wanted, tied=config.tie_word_embeddings)
+    _check_names(folder, stored, dict.fromkeys([*wanted, *gather.wanted]), tied=config.tie_word_embeddings)
     for name, target in wanted.items():
         _check_tensor(name, stored[name], target)
-    for name, start, piece in stream({name: stored[name] for name in wanted}, model.embed_tokens.weight.device):
+    for name, start, piece in stream(
+        {name: stored[name] for name in wanted} | gather.wanted, model.embed_tokens.weight.device
+    ):
+        if name in gather.wanted:
+            gather.put(name, start, piece)
+            continue
         target = wanted[name].view(-1)[start : start + len(piece)]
         if piece.dtype != target.dtype:  # converted there: on the host it would be slow, and waited for
             piece = piece.to(target.device, non_blocking=True)
@@ -76,6 +93,28 @@ def load_model(
     if config.tie_word_embeddings and "lm_head.weight" in stored:
         _check_tie(stored["lm_head.weight"], model)
     return model
+
+
+def _in_4_bits(model: Decoder, stored: Mapping[str, Stored]) -> dict[str, Modules]:
+    """The projections that are quantised in the checkpoint or, where it is not, all of the layers': path -> Hugging
+    Face modules and the shapes of their weights."""
+    found: dict[str, Modules] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, Projection) or module is model.lm_head:
+            continue
+        views = dict(hf_views(model, {f"{path}.weight": module.weight.detach()}))
+        shapes = {name.removesuffix(".weight"): (len(view), view.shape[1]) for name, view in views.items()}
+        there = [name for name in shapes if f"{name}.{STATE}" in stored]
+        if model.config.quantization is None or len(there) == len(shapes):
+            found[path] = shapes
+        elif there:
+            missing = next(name for name in shapes if name not in there)
+            raise UserError(
+                f"{there[0]} is in 4 bits and {missing} is not: they are one projection here",
+                "use the checkpoint in 16 or 32 bits, and load_in_4bit",
+                file=stored[f"{there[0]}.weight"].file,
+            )
+    return found
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -108,10 +147,12 @@ def hf_views(model: Decoder, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
 
     Yields:
         (Hugging Face name, view): a fused tensor comes apart into its parts; a tied head is not repeated. An adapter's
-        tensors have PEFT's names: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight.
+        tensors have PEFT's names: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight. The codes of a weight
+        in 4 bits have the weight's name.
     """
     table = FAMILIES[model.config.family].tensors
     for name, tensor in tensors.items():
+        name = name.replace(".store.codes", ".weight")
         if adapter := _ADAPTER.fullmatch(name):
             block, kind, module = adapter.groups()
             yield f"base_model.model.model.{block}.{module}.{kind}.weight", tensor
@@ -148,7 +189,12 @@ def save_model(
         dtype: of the saved weights; the parameters' own by default.
         max_shard_size: bytes per file (a larger tensor gets a file of its own); more than one file comes with an index.
         names: the tensors to write, by their Hugging Face names; all by default.
+
+    Raises:
+        UserError: its projections are in 4 bits.
     """
+    if any(isinstance(module, NF4Store) for module in model.modules()):
+        raise UserError("a model in 4 bits is not saved", "save its adapter", file=Path(path))
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     weights = dict(hf_views(model, {name: parameter.detach() for name, parameter in model.named_parameters()}))
@@ -259,7 +305,7 @@ def _no_weights(folder: Path) -> UserError:
     )
 
 
-def _check_names(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Tensor], *, tied: bool) -> None:
+def _check_names(folder: Path, stored: Mapping[str, Stored], wanted: Collection[str], *, tied: bool) -> None:
     mend = "take config.json and weights from the same repository"
     for name in wanted:
         if name not in stored:

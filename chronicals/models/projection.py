@@ -1,8 +1,8 @@
 """Linear maps of the decoder, as one class with one seam: whatever multiplies by a weight goes through a projection.
 
-A plain projection holds its weight as it is. A LoRA projection takes its place in a built model (adapters/lora.py);
-the layers do not know which one they run. Forward and backward are methods without autograd: the layer halves call
-them from autograd functions of their own (see layer.py).
+A plain projection holds its weight as it is; a store may make it anew for each use (nf4.py). A LoRA projection takes
+its place in a built model (adapters/lora.py). The layers do not know which one they run. Forward and backward are
+methods without autograd: the layer halves call them from autograd functions of their own (see layer.py).
 
 A projection may want room: free columns behind the rows of its input and of its output's gradient, where it puts what
 belongs to them, so that one matmul reads both. Whoever produces such a tensor allocates it with `with_room` or hands
@@ -11,6 +11,7 @@ belongs to them, so that one matmul reads both. Whoever produces such a tensor a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -36,6 +37,21 @@ def widened(x: Tensor, room: int) -> Tensor:
     width = x.shape[1] + room
     assert x.stride() == (width, 1), f"rows of {x.shape[1]} and no room of {room} behind them: strides {x.stride()}"
     return x.as_strided((len(x), width), x.stride(), x.storage_offset())
+
+
+class Store(nn.Module, ABC):
+    """What a projection's weight is made of."""
+
+    @abstractmethod
+    def into(self, weight: Tensor) -> Tensor:
+        """Makes the weight, (out, in), where it is not there already; returns it."""
+
+
+class Kept(Store):
+    """The weight is there."""
+
+    def into(self, weight: Tensor) -> Tensor:
+        return weight
 
 
 class Projection(nn.Module):
@@ -64,16 +80,21 @@ class Projection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.ops = ops
+        self.store: Store = Kept()
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    def use(self) -> Tensor:
+        """(out, in): the weight to multiply by, until another projection is used."""
+        return self.store.into(self.weight)
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(T, in) -> left and right of `y = left @ right.T + bias`, for a matmul that has more to do; fills the room
         behind x."""
-        return x, self.weight
+        return x, self.use()
 
     def grad_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
         """(T, out) -> left and right of `dx = left @ right`; fills the room behind d_out."""
-        return d_out, self.weight
+        return d_out, self.use()
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """(T, in) -> (T, out), written to `out` where given."""

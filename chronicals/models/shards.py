@@ -24,6 +24,7 @@ from chronicals.errors import UserError
 
 BUFFER = 32 * 2**20  # bytes; there are two
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = FLOATS | {"U8": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def stream(tensors: Mapping[str, Stored], device: torch.device) -> Iterator[tupl
     """Every element of `tensors`, in the files' order.
 
     Args:
-        tensors: name -> where it is; of floating-point dtypes.
+        tensors: name -> where it is; of floating-point dtypes or bytes.
         device: where the elements are going.
 
     Yields:
@@ -92,7 +93,7 @@ def stream(tensors: Mapping[str, Stored], device: torch.device) -> Iterator[tupl
         start = parts[0].start
         _read(parts[0].tensor.file, start, buffer.numpy().data[: parts[-1].stop - start])
         for part in parts:
-            dtype = FLOATS[part.tensor.dtype]
+            dtype = _DTYPES[part.tensor.dtype]
             index = (part.start - part.tensor.start) // dtype.itemsize
             yield part.name, index, buffer[part.start - start : part.stop - start].view(dtype)
         if gpu:
@@ -106,7 +107,7 @@ def _blocks(tensors: Mapping[str, Stored]) -> Iterator[list[_Part]]:
     """Parts that lie together in a file and fit a buffer, where each begins at a multiple of its element's size."""
     block: list[_Part] = []
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)):
-        size, start = FLOATS[tensor.dtype].itemsize, tensor.start
+        size, start = _DTYPES[tensor.dtype].itemsize, tensor.start
         while start < tensor.stop:
             filled = start - block[0].start if block else 0
             same = not block or block[0].tensor.file == tensor.file

@@ -64,7 +64,7 @@ SUPPORTED = ", ".join(FAMILIES)
         ),
         (
             {"quantization_config": {"quant_method": "awq"}},
-            "quantization_config {'quant_method': 'awq'} is not supported; use the checkpoint in 16 or 32 bits",
+            "quantization_config of awq is not supported; use the checkpoint in 16 or 32 bits, and load_in_4bit",
         ),
         ({"pruned_heads": {"1": [0]}}, "pruned_heads {'1': [0]} is not supported; use the unpruned checkpoint"),
         (
