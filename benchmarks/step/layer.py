@@ -23,6 +23,7 @@ from benchmarks.step.ours import Ours
 from benchmarks.step.profile import Kernel, kernels_of, layer_ops, layer_rows
 from benchmarks.step.works import WORKS, Work
 from chronicals.models.layer import Stream
+from chronicals.models.projection import with_room
 from chronicals.train.step import to_device
 
 READ, WRITTEN, DURATION = "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum"
@@ -34,7 +35,8 @@ def one_pass(arm: Ours, work: Work) -> Callable[[], object]:
     model, device = arm.model, arm.model.head_weight.device
     batch = to_device(arm.batches[0], device)
     size = (work.tokens, work.shape.hidden)
-    residual, delta, d = (torch.randn(size, device=device, dtype=arm.dtype) for _ in range(3))
+    residual, delta = (torch.randn(size, device=device, dtype=arm.dtype) for _ in range(2))
+    d = with_room(residual, work.shape.hidden, model.layers[0].out_room).normal_()
     residual.requires_grad_(), delta.requires_grad_()
     cos, sin, rows = model.rotary_emb(batch.positions, batch.cu_seqlens, batch.max_seqlen)
     stream = Stream(cos, sin, rows, batch.cu_seqlens, batch.max_seqlen, model.sink)

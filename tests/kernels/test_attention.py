@@ -98,6 +98,22 @@ def test_halves_match_reference_in_views_of_one_buffer(heads: tuple[int, int], o
     assert lse.dtype == torch.float64  # as wide as the inputs, and at least float32
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_an_output_with_room_behind_its_rows(options: dict[str, float]) -> None:
+    """What a projection behind attention may want; nothing is written into the room, nor read from it."""
+    cu_seqlens, (q, k, v) = torch.tensor(BOUNDS, dtype=torch.int32), qkv(60, 4, 2)
+    backend, wide = PerDocument(), torch.full((60, 4 * 8 + 5), torch.nan, dtype=q.dtype)
+    out, lse = backend.forward(q, k, v, cu_seqlens, 40, out=wide[:, :32].unflatten(1, (4, 8)), **options)
+    expected, expected_lse = backend.forward(q, k, v, cu_seqlens, 40, **options)
+    assert out.data_ptr() == wide.data_ptr() and torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    assert bool(wide[:, 32:].isnan().all())
+    d_out, (d_wide, d_plain) = torch.randn_like(expected), torch.empty(2, 60, 8, 8, dtype=q.dtype)
+    for attended, d_packed in ((out, d_wide), (expected, d_plain)):
+        parts = d_packed.split((4, 2, 2), dim=1)
+        backend.backward(d_out, q, k, v, attended, lse, cu_seqlens, 40, *parts, **options)
+    assert torch.equal(d_wide, d_plain)
+
+
 @pytest.mark.parametrize("softcap", [None, 0.5])
 def test_lse_is_the_logarithm_of_the_sum(softcap: float | None) -> None:
     q, k, v = qkv(12, 4, 2)

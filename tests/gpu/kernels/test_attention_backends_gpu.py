@@ -127,6 +127,29 @@ def test_no_worse_than_eager(name: str, heads: tuple[int, int], head_dim: int) -
         assert error <= 1.05 * eager_error, f"{which} is {error:.1e} from float64, eager {eager_error:.1e}"
 
 
+@pytest.mark.parametrize("name", [FA4, "torch"])
+@pytest.mark.parametrize("room", [8, 96])
+def test_an_output_with_room_behind_its_rows(name: str, room: int) -> None:
+    """The bits of an output of its own; nothing is written into the room."""
+    backend, cu_seqlens = backend_named(name, deterministic=True), boundaries(BOUNDS)
+    packed, d_out = inputs((14, 2), 64, torch.bfloat16)
+    q, k, v = packed.split((14, 2, 2), dim=1)
+    wide = torch.full((len(packed), 14 * 64 + room), torch.nan, dtype=packed.dtype, device="cuda")
+    place = wide[:, : 14 * 64].unflatten(1, (14, 64))
+    out, lse = backend.forward(q, k, v, cu_seqlens, 2048, out=place)
+    expected, expected_lse = backend.forward(q, k, v, cu_seqlens, 2048)
+    assert out.data_ptr() == wide.data_ptr() and torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    assert bool(wide[:, 14 * 64 :].isnan().all())
+    found = []
+    with torch_deterministic(name == "torch"):
+        for attended in (out, expected):
+            d_packed = torch.empty_like(packed)
+            parts = d_packed.split((14, 2, 2), dim=1)
+            backend.backward(d_out, q, k, v, attended, lse, cu_seqlens, 2048, *parts)
+            found.append(d_packed)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", [FA4, "torch", "per document"])
 def test_no_rows_at_all(name: str) -> None:
     packed, d_out = inputs((14, 2), 64, torch.bfloat16, 0)
