@@ -140,6 +140,24 @@ def verify(model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder 
 
 
 @app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run's output_dir, or what PEFT saved.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the merged model goes: a new folder.")],
+    base: Annotated[str | None, typer.Option("--base", help="The base model; default: the adapter's own.")] = None,
+    device: Annotated[str, typer.Option("--device", help="Where to compare: cpu, cuda or auto.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the result; default: the base model's.")] = None,
+) -> int:
+    """Merge an adapter into its base model, and prove that nothing changed."""
+    from chronicals.commands.merge import merge
+
+    report = merge(adapter, out, base=base, device=device, dtype=dtype)
+    typer.echo(report.line if report.passed else f"error: {report.line}", err=not report.passed)
+    if report.passed:
+        typer.echo(f"wrote {out}. Next: chronicals chat {out}")
+    return DONE if report.passed else PAST_TOLERANCE
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's output_dir.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where to write it; default: RUN/report.html.")] = None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,19 @@ def model_folder(folder: str) -> Path:
     if not path.is_dir():
         return resolve(folder)
     if not ((path / "config.json").is_file() or (path / ADAPTER_FILE).is_file()):
-        saved = [file for name in ("config.json", ADAPTER_FILE) for file in path.glob(f"checkpoint-*/{name}")]
-        checkpoints = sorted(saved, key=lambda p: int(p.parent.name.split("-")[-1]))
-        if checkpoints:
-            mend = f"try its last checkpoint: chronicals chat {checkpoints[-1].parent}"
-            raise UserError("the run has no final model yet", mend, file=path)
+        name_checkpoint(path, "chat", ("config.json", ADAPTER_FILE))
         raise UserError("no model here (no config.json)", "give a run's output_dir or a model folder", file=path)
     return path
+
+
+def name_checkpoint(run: Path, verb: str, files: Sequence[str]) -> None:
+    """Raises UserError with the newest checkpoint that has one of these files, where the run has one at all."""
+    saved = [file.parent for name in files for file in run.glob(f"checkpoint-*/{name}")]
+    if saved:
+        newest = max(saved, key=lambda checkpoint: int(checkpoint.name.split("-")[-1]))
+        raise UserError(
+            "the run has no final model yet", f"try its last checkpoint: chronicals {verb} {newest}", file=run
+        )
 
 
 class Partner:

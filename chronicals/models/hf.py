@@ -31,11 +31,11 @@ from chronicals.models.projection import Projection
 from chronicals.models.quantization import NF4
 from chronicals.models.shards import FLOATS, Stored, stored_tensors, stream
 
-_CONFIG = "config.json"
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 # by name: some repositories hold the weights twice, in their maker's own layout too
-DOWNLOADS = (_CONFIG, "generation_config.json", "model*.safetensors", _INDEX)
+DOWNLOADS = (CONFIG_FILE, "generation_config.json", "model*.safetensors", INDEX_FILE)
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 # a thin matrix of an adapter, by our name: its block, which one it is, the Hugging Face module it belongs to
 _ADAPTER = re.compile(r"(.+)\.\w+\.(lora_[AB])\.(\w+)")
@@ -68,7 +68,7 @@ def load_model(
     """
     folder = hub.resolve(path_or_id, revision=revision, allow_patterns=DOWNLOADS)
     config = load_config(folder)
-    stored = _stored_tensors(folder)
+    stored = checkpoint_tensors(folder)
     quantization = config.quantization or quantization
     model = Decoder(config, ops, device=device if quantization is None else "meta", dtype=dtype)
     in_4_bits = {} if quantization is None else _in_4_bits(model, stored)
@@ -119,7 +119,7 @@ def _in_4_bits(model: Decoder, stored: Mapping[str, Stored]) -> dict[str, Module
 
 def load_config(folder: Path) -> ModelConfig:
     """The `ModelConfig` of a folder's config.json."""
-    file = folder / _CONFIG
+    file = folder / CONFIG_FILE
     if not file.is_file():
         adapter = (folder / "adapter_config.json").is_file()
         raise UserError(
@@ -202,7 +202,7 @@ def save_model(
     dtype = dtype or model.embed_tokens.weight.dtype
     shards = _shards(weights, dtype, max_shard_size)
     count = len(shards)
-    names = [_SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = [SINGLE_FILE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for file, shard in zip(names, shards, strict=True):
         tensors = {name: weights[name].to("cpu", dtype).contiguous() for name in shard}
         _write_aside(folder / file, lambda aside, tensors=tensors: save_file(tensors, aside, metadata={"format": "pt"}))
@@ -213,13 +213,13 @@ def save_model(
             "metadata": {"total_size": size},
             "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
         }
-        _write_json(folder / _INDEX, index)
-        written.add(_INDEX)
+        _write_json(folder / INDEX_FILE, index)
+        written.add(INDEX_FILE)
     data = model.config.to_hf()
     data["torch_dtype" if "torch_dtype" in data and "dtype" not in data else "dtype"] = str(dtype).removeprefix(
         "torch."
     )
-    _write_json(folder / _CONFIG, data)
+    _write_json(folder / CONFIG_FILE, data)
     for entry in folder.iterdir():
         if _OURS.fullmatch(entry.name) and entry.name not in written:
             entry.unlink()
@@ -262,11 +262,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _stored_tensors(folder: Path) -> dict[str, Stored]:
+def checkpoint_tensors(folder: Path) -> dict[str, Stored]:
     """Tensor name -> where it is, from the files' own headers; the index must agree with them."""
-    index_file = folder / _INDEX
-    if (folder / _SINGLE).is_file():
-        return stored_tensors(folder / _SINGLE)
+    index_file = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file():
+        return stored_tensors(folder / SINGLE_FILE)
     if not index_file.is_file():
         raise _no_weights(folder)
     try:
@@ -297,9 +297,9 @@ def _no_weights(folder: Path) -> UserError:
             "convert it once where you trust it: AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)",
         )
     if parts := sorted(folder.glob("model-*.safetensors")):
-        return UserError(f"{parts[0].name} is there but {_INDEX} is not", "download the whole folder", file=folder)
+        return UserError(f"{parts[0].name} is there but {INDEX_FILE} is not", "download the whole folder", file=folder)
     return UserError(
-        f"{folder} has no {_SINGLE} and no {_INDEX}",
+        f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}",
         "give a folder with safetensors weights; a repository with .bin weights only is converted by "
         "AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)",
     )

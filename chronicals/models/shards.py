@@ -1,4 +1,4 @@
-"""Safetensors files, read once and front to back: what they hold, and its elements piece by piece.
+"""Safetensors files, read once and front to back: what they hold, and its elements piece by piece; and written so.
 
 A file (huggingface.co/docs/safetensors) is the length of a header, the header (JSON: name -> dtype, shape, begin and
 end of its bytes) and the data. The library checks all of that; the data is read here, because its tensors are maps of
@@ -11,7 +11,8 @@ Left out: several readers at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from chronicals.errors import UserError
 BUFFER = 32 * 2**20  # bytes; there are two
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES = FLOATS | {"U8": torch.uint8}
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,29 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
         for name, told in header.items()
         if name != "__metadata__"
     }
+
+
+def write_tensors(file: Path, told: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[Tensor]) -> None:
+    """Writes a file of tensors that come one at a time; only one of them is in memory.
+
+    Args:
+        file: to write.
+        told: name -> (dtype, shape), in the tensors' order.
+        tensors: on the CPU.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in told.items():
+        stop = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data begins at a multiple of 8
+    with open(file, "wb") as out:
+        out.write(len(encoded).to_bytes(8, "little") + encoded)
+        for (name, (dtype, shape)), tensor in zip(told.items(), tensors, strict=True):
+            assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), name
+            out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def damaged(file: Path, why: object) -> UserError:

@@ -39,7 +39,7 @@ from chronicals.errors import UserError
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import fsync, hf_views, save_model
 from chronicals.train.adapter import Adapter
-from chronicals.train.digest import digests
+from chronicals.train.digest import hex_digests
 from chronicals.train.loss_scale import LossScale
 from chronicals.train.state import DAMAGED_MEND, load_state
 
@@ -134,7 +134,7 @@ def write_model(folder: Path, parts: Parts) -> dict[str, str]:
     digests = _write_weights(folder, parts, tensors)
     _write_tokenizer(folder, parts)
     frozen = {name: view for name, view in _weights(parts.model).items() if name not in tensors}
-    return digests | dict(zip(frozen, _hex(list(frozen.values())), strict=True)) if frozen else digests
+    return digests | dict(zip(frozen, hex_digests(list(frozen.values())), strict=True)) if frozen else digests
 
 
 def try_save(output_dir: Path, parts: Parts) -> None:
@@ -154,14 +154,14 @@ def try_save(output_dir: Path, parts: Parts) -> None:
 def _write_weights(folder: Path, parts: Parts, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Config and these tensors of the model, read back and compared; returns their digests. An adapter is written
     whole."""
-    live = dict(zip(tensors, _hex(list(tensors.values())), strict=True))
+    live = dict(zip(tensors, hex_digests(list(tensors.values())), strict=True))
     adapter = parts.adapter
     if adapter is None:
         save_model(parts.model, folder, names=tensors.keys())
     else:
         save_adapter(parts.model, adapter.lora, folder, base_model=adapter.base_model, revision=adapter.revision)
     (folder / "config.yaml").write_text(parts.config_yaml, encoding="utf-8")
-    saved = {name: _hex([tensor])[0] for name, tensor in _read(sorted(folder.glob("*.safetensors")))}
+    saved = {name: hex_digests([tensor])[0] for name, tensor in _read(sorted(folder.glob("*.safetensors")))}
     for name, value in live.items():
         if saved.get(name) != value:
             raise UserError(
@@ -185,8 +185,8 @@ def write_checkpoint(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
     rng = _rng()
     save_file(rng, folder / "rng.safetensors")
     views = _optimizer_views(parts.optimizer, parts.loss_scale)
-    digests |= {name: _hex([tensor])[0] for name, tensor in views}
-    digests |= {f"rng.{name}": _hex([tensor])[0] for name, tensor in rng.items()}
+    digests |= {name: hex_digests([tensor])[0] for name, tensor in views}
+    digests |= {f"rng.{name}": hex_digests([tensor])[0] for name, tensor in rng.items()}
     write_state(folder, state, digests)
 
 
@@ -236,7 +236,7 @@ def restore(
     model where it trains an adapter, and is compared with what was saved."""
 
     def same(name: str, tensor: Tensor) -> bool:
-        return bool(_hex([tensor])[0] == state["digests"].get(name))
+        return bool(hex_digests([tensor])[0] == state["digests"].get(name))
 
     def compare(name: str, tensor: Tensor) -> None:
         if not same(name, tensor):
@@ -323,11 +323,6 @@ def _read(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"the checkpoint is damaged: {error}", DAMAGED_MEND, file=path) from error
-
-
-def _hex(tensors: Sequence[Tensor]) -> list[str]:
-    """Digests as the host reads them, in one go."""
-    return [f"{value & (1 << 64) - 1:016x}" for value in digests(tensors).tolist()]
 
 
 def _remove(checkpoint: Path) -> None:

@@ -43,6 +43,11 @@ def digests(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([digest(tensor) for tensor in tensors])
 
 
+def hex_digests(tensors: Iterable[Tensor]) -> list[str]:
+    """Digests as files hold them, read back in one go."""
+    return [f"{value & (1 << 64) - 1:016x}" for value in digests(tensors).tolist()]
+
+
 def _weights(length: int, device: torch.device) -> Tensor:
     """(length,) int64: odd and without pattern; products of a counter alone would let regular changes cancel."""
     mixed = torch.arange(1, length + 1, dtype=torch.int64, device=device) * _MIX

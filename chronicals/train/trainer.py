@@ -141,6 +141,8 @@ class Training:
                     self.write_waiting()  # of a step before: its verdict, where it has one, names what came first
                     raise
             self.display.say(result.summary)
+            if run.adapter is not None and not result.exit_code:
+                self.display.say(f"merge it with: chronicals merge {folder} --out DIR")
             exit_code = result.exit_code
             return result
         finally:

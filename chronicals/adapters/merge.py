@@ -1,0 +1,128 @@
+"""An adapter merged into its base model: a checkpoint of the base's own files, tensor for tensor.
+
+    W' = W + s B A                                  LoRA
+    W' = (m / |W + s B A|) (W + s B A)              DoRA (Liu et al. 2024), the norm of each row
+
+The base checkpoint is streamed through: what no adapter touches is copied bit by bit, what one does is computed in
+float32 and rounded once. Hugging Face names are all it takes, no decoder. That the result computes what base and
+adapter compute is for `commands/merge.py` to see.
+
+Left out: 4-bit bases (merging would round them again), a merge inside the running model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from chronicals.adapters.lora import LoRA
+from chronicals.adapters.peft_files import WEIGHTS_FILE
+from chronicals.models.hf import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, checkpoint_tensors, fsync
+from chronicals.models.shards import FLOATS, write_tensors
+
+_PREFIX = "base_model.model."
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
+    """The weight that computes what `weight` and its adapter do.
+
+    Args:
+        weight: (out, in), of any floating-point dtype.
+        a: (r, in).
+        b: (out, r).
+        scaling: s.
+        magnitude: (out,), of DoRA.
+
+    Returns:
+        (out, in), a new tensor; float32, or float64 where `weight` is.
+    """
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    whole = weight.to(exact, copy=True).addmm_(b.to(exact), a.to(exact), alpha=scaling)
+    if magnitude is not None:
+        whole *= (magnitude.to(exact) / whole.norm(dim=1)).unsqueeze(1)
+    return whole
+
+
+def merge_weights(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    lora: LoRA,
+    *,
+    dtype: torch.dtype | None = None,
+    check: Callable[[str, Tensor], None] = lambda name, tensor: None,
+) -> dict[str, torch.dtype]:
+    """Writes the merged checkpoint's weights and config.json into `out`, which exists, and forces them to disk.
+
+    Args:
+        base: folder of a checkpoint that `load_model` takes; files, order and dtypes are kept, a second copy of a
+            tied head is not.
+        adapter: folder of an adapter that `load_adapter` takes for it.
+        out: where to write.
+        lora: what `read_lora` says of the adapter.
+        dtype: of the merged checkpoint; that of each tensor in the base by default.
+        check: called with each of the base's tensors, by name, before it is written.
+
+    Returns:
+        Name -> dtype of the weights that an adapter was merged into.
+    """
+    config = json.loads((base / CONFIG_FILE).read_text(encoding="utf-8"))
+    adapters = _by_weight(load_file(adapter / WEIGHTS_FILE))
+    stored = checkpoint_tensors(base)
+    if config.get("tie_word_embeddings"):
+        stored.pop("lm_head.weight", None)
+    assert adapters.keys() <= stored.keys(), "load_adapter accepts no others"
+    in_order = sorted(stored, key=lambda name: (stored[name].file, stored[name].start))
+    dtypes = {name: dtype or FLOATS[stored[name].dtype] for name in stored}
+    for file, group in itertools.groupby(in_order, key=lambda name: stored[name].file):
+        told = {name: (dtypes[name], stored[name].shape) for name in group}
+        tensors = _merged_tensors(file, told, adapters, lora, check)
+        write_tensors(out / file.name, told, tensors)
+        fsync(out / file.name)
+    if not (base / SINGLE_FILE).is_file():
+        size = sum(torch.Size(stored[name].shape).numel() * dtypes[name].itemsize for name in stored)
+        weight_map = {name: stored[name].file.name for name in sorted(stored)}
+        _write_json(out / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    if dtype is not None or not config.get(key):
+        config[key] = str(dtypes[next(iter(adapters))]).removeprefix("torch.")
+    _write_json(out / CONFIG_FILE, config)
+    return {name: dtypes[name] for name in adapters}
+
+
+def _by_weight(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """PEFT's names -> Hugging Face name of the weight -> its tensors, by kind."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        found.setdefault(f"{module}.weight", {})[kind] = tensor
+    return found
+
+
+def _merged_tensors(
+    file: Path,
+    told: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    adapters: Mapping[str, Mapping[str, Tensor]],
+    lora: LoRA,
+    check: Callable[[str, Tensor], None],
+) -> Iterator[Tensor]:
+    """These tensors of one of the base's files, merged and rounded."""
+    with safe_open(file, framework="pt") as stored:
+        for name, (dtype, _) in told.items():
+            weight = stored.get_tensor(name)
+            check(name, weight)
+            if name in adapters:
+                weight = merged(weight, adapters[name]["lora_A"], adapters[name]["lora_B"], lora.scaling)
+            yield weight.to(dtype)
+
+
+def _write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    fsync(file)
