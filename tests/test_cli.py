@@ -19,7 +19,7 @@ import chronicals
 from chronicals import cli
 from chronicals.errors import GuardError, UserError
 
-VERBS = ("init", "train", "chat", "inspect", "verify", "report", "doctor", "bench")
+VERBS = ("init", "train", "chat", "inspect", "verify", "merge", "report", "doctor", "bench")
 JOB = "base_model: m\ndatasets: [{path: d.jsonl}]\n"
 
 
@@ -127,6 +127,7 @@ def test_version(chronicals_: Cli) -> None:
         (["train"], "error: train needs a FILE; write one with: chronicals init --model MODEL --data DATA"),
         (["init", "--model", "m"], "error: Missing option '--data'; see: chronicals init --help"),
         (["verify"], "error: Missing argument 'MODEL'; see: chronicals verify --help"),
+        (["merge", "outputs"], "error: Missing option '--out'; see: chronicals merge --help"),
         (
             ["train", "job.yaml", "--learning_rate", "1"],
             "error: No such option: --learning_rate; write it as learning_rate=VALUE, or see: chronicals train --help",

@@ -119,7 +119,8 @@ def _merged_tensors(
             weight = stored.get_tensor(name)
             check(name, weight)
             if name in adapters:
-                weight = merged(weight, adapters[name]["lora_A"], adapters[name]["lora_B"], lora.scaling)
+                parts, scaling = adapters[name], lora.scaling(name.removesuffix(".weight"))
+                weight = merged(weight, parts["lora_A"], parts["lora_B"], scaling)
             yield weight.to(dtype)
 
 
