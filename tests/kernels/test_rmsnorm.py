@@ -7,7 +7,7 @@ import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from chronicals.kernels.rmsnorm import rmsnorm, rmsnorm_reference
+from chronicals.kernels.rmsnorm import add_rmsnorm_forward, rmsnorm, rmsnorm_reference
 from tests.kernels.numerics import assert_matches
 
 
@@ -32,3 +32,12 @@ def test_rounds_like_transformers_in_bfloat16(theirs: type, offset: float) -> No
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(40, 128, dtype=torch.bfloat16)
     assert torch.equal(rmsnorm(x, norm.weight, 1e-5, offset), norm(x))
+
+
+def test_the_norm_of_a_sum_is_written_where_asked() -> None:
+    residual, delta, wide = torch.randn(5, 8), torch.randn(5, 8), torch.full((5, 11), torch.nan)
+    weight = torch.randn(8)
+    expected = add_rmsnorm_forward(residual, delta, weight, 1e-6)
+    found = add_rmsnorm_forward(residual, delta, weight, 1e-6, out=wide[:, :8])
+    assert found[1].data_ptr() == wide.data_ptr() and bool(wide[:, 8:].isnan().all())
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
