@@ -50,7 +50,7 @@ def distance(results: Mapping[str, Any]) -> str:
     away = results["mean_distance_to_the_runs_of_the_spread"]
     return (
         f"Our loss curve of {len(results['curves']['ours'])} steps beside transformers' with torch's AdamW on float32 "
-        f"masters, on the same weights and batches: root mean square distance {away['ours']:.5f}, where three runs of "
+        f"masters, on the same weights and batches: root mean square distance {away['ours']:.5f}, where four runs of "
         f"transformers that differ in their kernels alone are up to {results['spread']:.5f} apart, and a learning rate "
         f"5% off is {away[curve.WRONG]:.5f} away. {measured_on(results, 'torch', 'transformers', 'flash-attn-4')}"
     )

@@ -77,10 +77,10 @@ def test_a_curve_outside_the_spread_is_red_and_so_is_a_spread_that_shows_nothing
     curves = {name: [x + 0.01 * i for x in flat] for i, name in enumerate(curve.RUNS)}
     curves |= {"ours": [1.01] * 4, curve.WRONG: [1.05] * 4, curve.FLOAT32: flat}
     spread, _, wrong = curve.judge(curves)
-    assert (spread, wrong) == (pytest.approx(0.02), [])
+    assert (spread, wrong) == (pytest.approx(0.03), [])
     _, _, wrong = curve.judge(curves | {"ours": [1.01, 1.01, 1.01, 1.2]})
     assert len(wrong) == 1 and wrong[0].startswith("our curve is 0.09")
-    _, _, wrong = curve.judge(curves | {"ours": [float("nan")] * 4, curve.WRONG: [1.015] * 4})
+    _, _, wrong = curve.judge(curves | {"ours": [float("nan")] * 4, curve.WRONG: [1.02] * 4})
     assert [line.split()[0] for line in wrong] == ["our", "a"]
 
 
@@ -117,6 +117,7 @@ def test_the_curves_of_every_arm(tmp_path: Path, text: Path, monkeypatch: pytest
     assert list(curves) == ["ours", *curve.RUNS, curve.WRONG, curve.FLOAT32]
     for losses in curves.values():
         assert losses == pytest.approx(curves[curve.FLOAT32], rel=2e-2)
+    del curves["transformers, compiled"]  # into kernels of its own on a GPU alone
     assert len({tuple(losses) for losses in curves.values()}) == len(curves), "no two arms are the same run"
 
 
