@@ -47,17 +47,21 @@ class JoinedLoRA(LoRAProjection):
         ranks = [target.r for target in targets.values()]
         self.rank = sum(ranks)
         self.in_room = self.out_room = -(-self.rank // ROOM) * ROOM
-        rows, columns = base.weight.shape
-        joined = base.weight.new_zeros(rows + self.out_room, columns + self.in_room)
-        joined[:rows, :columns] = base.weight.detach()
-        self.register_buffer("joined", joined, persistent=False)
-        self._share()
+        self._join()
         scalings = [target.scaling for target in targets.values()]
         alike = len(set(scalings)) == 1
         self.alpha = scalings[0] if alike else 1.0
-        each = torch.tensor(scalings, dtype=torch.promote_types(joined.dtype, torch.float32))
+        each = torch.tensor(scalings, dtype=torch.promote_types(self.joined.dtype, torch.float32))
         each = F.pad(each.repeat_interleave(torch.tensor(ranks)), (0, self.in_room - self.rank))
-        self.register_buffer("scales", None if alike else each.to(joined.device), persistent=False)
+        self.register_buffer("scales", None if alike else each.to(self.joined.device), persistent=False)
+
+    def _join(self) -> None:
+        """Makes the buffer, with the weight in it."""
+        rows, columns = self.weight.shape
+        joined = self.weight.new_zeros(rows + self.out_room, columns + self.in_room)
+        joined[:rows, :columns] = self.weight.detach()
+        self.register_buffer("joined", joined, persistent=False)
+        self._share()
 
     def _share(self) -> None:
         """The weight's memory is its part of the buffer."""

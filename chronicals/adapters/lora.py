@@ -21,12 +21,14 @@ from torch import Tensor
 
 from chronicals.adapters.initialise import initialise
 from chronicals.adapters.joined import JoinedLoRA
+from chronicals.adapters.joined_nf4 import JoinedNF4LoRA
 from chronicals.adapters.unfused import LoRAProjection, Target
 from chronicals.errors import UserError
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.families import FAMILIES
 from chronicals.models.hf import hf_views
+from chronicals.models.nf4 import NF4Store
 from chronicals.models.projection import Projection
 
 Names = tuple[str, ...] | str
@@ -161,7 +163,8 @@ def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42, joined: Collection[s
             start = part.stop
         if targets:
             parent, _, leaf = path.rpartition(".")
-            adapted = (JoinedLoRA if leaf in joined else LoRAProjection)(module, targets)
+            together = JoinedNF4LoRA if isinstance(module.store, NF4Store) else JoinedLoRA
+            adapted = (together if leaf in joined else LoRAProjection)(module, targets)
             initialise(adapted, lora.init, generator)
             setattr(model.get_submodule(parent), leaf, adapted)
             model.projections_changed()

@@ -23,6 +23,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,18 +43,22 @@ _MEND = "take config.json and weights from the same repository"
 
 
 class WideBuffers:
-    """Where weights are made wide: one buffer for all that have the same shape and layout."""
+    """Where weights are made wide: one buffer for all that have the same shape and layout, as long as one of them does.
+
+    Its memory stays where it is, on the device it was loaded to.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self._made: dict[tuple[Any, ...], Tensor] = {}
+        self._made: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
 
     def get(self, rows: int, columns: int, layout: Any = None) -> Tensor:
         """(rows, columns), zeros at first; the same one for the same `layout`, whatever that says to the caller."""
         key = (rows, columns, layout)
-        if key not in self._made:
-            self._made[key] = torch.zeros(rows, columns, device=self.device, dtype=self.dtype)
-        return self._made[key]
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = torch.zeros(rows, columns, device=self.device, dtype=self.dtype)
+        return found
 
 
 class NF4Store(Store):

@@ -1,0 +1,114 @@
+"""LoRA on weights in 4 bits against PEFT on bitsandbytes' layers: logits and every gradient, joined or not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from chronicals.adapters.joined import JoinedLoRA
+from chronicals.adapters.joined_nf4 import JoinedNF4LoRA
+from chronicals.adapters.lora import PROJECTIONS, LoRA, add_lora, all_linear
+from chronicals.adapters.peft_files import fill_adapter, load_adapter
+from chronicals.models.decoder import Decoder
+from chronicals.models.hf import hf_views, load_model
+from chronicals.models.layer import Recompute
+from chronicals.models.quantization import NF4
+from tests.adapters.test_lora import assert_equal_to_theirs
+from tests.models.test_nf4 import SIZES, quantised
+from tests.models.test_parity import logits_and_loss
+from tests.models.tiny import documents, reference_of
+
+PARTS = {"all": None, "q and v": ["q_proj", "v_proj"], "o and gate": ["o_proj", "gate_proj"]}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in float32, with biases."""
+    folder = tmp_path_factory.mktemp("plain")
+    reference_of("llama", **SIZES, attention_bias=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in NF4 with double quantisation."""
+    folder = tmp_path_factory.mktemp("nf4")
+    quantised(plain, bnb_4bit_use_double_quant=True).save_pretrained(folder)
+    return folder
+
+
+def theirs_of(base: Path, targets: list[str] | None, folder: Path) -> nn.Module:
+    """PEFT's model on bitsandbytes' layers with random A and B, saved in `folder`."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=targets or "all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
+    )
+    model = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.1, generator=generator)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("joined", [PROJECTIONS, ()], ids=["joined", "unfused"])
+@pytest.mark.parametrize("targets", PARTS)
+def test_logits_loss_and_every_gradient(base: Path, targets: str, joined: Collection[str], tmp_path: Path) -> None:
+    theirs, ours = theirs_of(base, PARTS[targets], tmp_path), load_model(base)
+    add_lora(ours, LoRA(3, 6, tuple(PARTS[targets] or all_linear(ours.config))), joined=joined)
+    fill_adapter(ours, tmp_path)
+    kinds = {type(module) for module in ours.modules() if isinstance(module, JoinedLoRA)}
+    assert kinds == ({JoinedNF4LoRA} if joined else set())
+    assert_equal_to_theirs(ours, theirs)
+
+
+@pytest.mark.parametrize("policy", ["none", "mlp", "full"])
+def test_recompute_changes_nothing(base: Path, policy: Recompute, tmp_path: Path) -> None:
+    theirs, ours = theirs_of(base, None, tmp_path), load_model(base)
+    load_adapter(ours, tmp_path)
+    ours.set_recompute(policy)
+    assert_equal_to_theirs(ours, theirs)
+
+
+def gradients(model: Decoder) -> dict[str, torch.Tensor]:
+    _, loss = logits_and_loss(model, documents())
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return dict(hf_views(model, found))
+
+
+def test_buffers_are_shared_by_layers_and_hold_what_is_used_last(plain: Path) -> None:
+    """One for each shape and layout; after every pass the same numbers come out."""
+    model = load_model(plain, quantization=NF4())
+    add_lora(model, LoRA(3, 6, all_linear(model.config)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.1)
+    projections = [module for module in model.modules() if isinstance(module, JoinedNF4LoRA)]
+    buffers = {module.joined.data_ptr(): module.joined for module in projections}
+    assert len(projections) == 3 * 4
+    assert len(buffers) == 3  # q, k, v; gate, up, of the same shape; o as down
+    first = gradients(model)
+    again = gradients(model)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_bf16(plain: Path) -> None:
+    """Runs, and is near to float32."""
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(plain, dtype=dtype, quantization=NF4())
+        add_lora(model, LoRA(3, 6, all_linear(model.config)))
+        losses.append(logits_and_loss(model, documents())[1].item())
+        assert all(p.dtype in (dtype, torch.uint8) for p in model.parameters())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
