@@ -203,6 +203,20 @@ def bench_step(
     return bench_step(work or (), arm or (), out, data=data, profile=profile)
 
 
+@bench.command("lora")
+def bench_lora(
+    model: Annotated[list[str] | None, typer.Option("--model", help="Only this one; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where the JSON goes.")] = None,
+) -> int:
+    """Gate, then time models with adapters.
+
+    Forward and backward beside PEFT; needs a GPU, peft and a clone of the repository.
+    """
+    from chronicals.commands.bench import bench_lora
+
+    return bench_lora(model or (), out)
+
+
 @bench.command("tune")
 def bench_tune(
     op: Annotated[list[str] | None, typer.Option("--op", help="Only this kernel; may be repeated.")] = None,

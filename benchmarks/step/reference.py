@@ -44,13 +44,13 @@ def make_checkpoint(work: Work, folder: Path, texts: Iterable[str]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def empty_model(work: Work) -> Any:
-    """transformers' model of the work's shape, in float32 on its device; its weights are random."""
+def empty_model(work: Work, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model of the work's shape on its device; its weights are random."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device(work.device):
         return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**work.shape.config()), dtype=torch.float32, attn_implementation="sdpa"
+            AutoConfig.for_model(**work.shape.config()), dtype=dtype, attn_implementation="sdpa"
         )
 
 

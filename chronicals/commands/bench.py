@@ -62,6 +62,20 @@ def bench_step(
     return _run("benchmarks.step.run", {"--work": works, "--arm": arms}, flags, out, _clone(root))
 
 
+def bench_lora(models: Sequence[str], out: Path | None, *, root: Path | None = None) -> int:
+    """Time forward and backward of `models` (none: all) with adapters beside PEFT and return the exit code, as
+    `bench_kernels` does.
+
+    Args:
+        out: where the JSON goes; None: `benchmarks/results/lora_kernels.json`.
+        root: the clone; None: where this package lies.
+
+    Raises:
+        UserError: this is an installed wheel. A model that does not exist is the runner's to tell.
+    """
+    return _run("benchmarks.lora.run", {"--model": models}, [], out, _clone(root))
+
+
 def bench_tune(ops: Sequence[str], out: Path | None, *, root: Path | None = None) -> int:
     """Try other launch configurations for the kernels of `ops` (none: all) and return the exit code.
 
