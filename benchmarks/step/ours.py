@@ -33,6 +33,7 @@ from chronicals.kernels.attention import TorchVarlen
 from chronicals.kernels.ops import Ops
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views, load_config, load_model
+from chronicals.models.quantization import NF4
 from chronicals.optim.adamw import AdamW
 from chronicals.optim.formats import format_of
 from chronicals.optim.groups import decay_names
@@ -58,6 +59,8 @@ def packed(work: Work, ids: Tensor) -> PackedBatch:
 
 class Ours(Arm):
     """One window of one micro-batch a step."""
+
+    quantization: NF4 | None = None
 
     def __init__(self, spec: Spec, work: Work, folder: Path) -> None:
         self.spec, self.work, self.folder = spec, work, folder
@@ -109,7 +112,7 @@ class Ours(Arm):
         self.steps = 0
 
     def load(self, ops: Ops, device: torch.device) -> Decoder:
-        return load_model(self.folder, dtype=self.dtype, device=device, ops=ops)
+        return load_model(self.folder, dtype=self.dtype, device=device, ops=ops, quantization=self.quantization)
 
     def _guard(self, optimizer: AdamW) -> Guard:
         names = {name: [theirs for theirs, _ in hf_views(self.model, {name: p})] for name, p in self.parameters.items()}
@@ -178,8 +181,7 @@ class OursWithAdapter(Ours):
 
     def load(self, ops: Ops, device: torch.device) -> Decoder:
         self.variant = variant(self.spec)
-        if self.variant == "nf4":
-            raise UserError("arms with frozen weights in NF4 are not there yet", "leave the arm out")
+        self.quantization = NF4() if self.variant == "nf4" else None
         model, place = super().load(ops, device), adapter_folder(self.work, self.folder, self.variant)
         lora = load_adapter(model, place)
         dropout = peft_config(self.work, self.variant).lora_dropout
