@@ -32,6 +32,7 @@ HEAVY = {"torch", "transformers", "datasets", "triton", "peft", "safetensors", "
 HEAVY |= {"matplotlib", "numpy", "pandas", "pyarrow", "tensorboard", "wandb"}
 COLD = {"cli", "config", "errors", "hub", "commands"}
 FUSED = "chronicals.kernels.fused"  # its modules import triton at their top; nobody else imports them on import
+CUTE = {f"{FUSED}.glu_epilogues"}  # these import quack and cutlass at their top
 KERNELS_USE = {"torch", "triton"} | sys.stdlib_module_names
 
 
@@ -82,11 +83,13 @@ def violations(module: str, source: str) -> list[str]:
                 found.append(
                     f"{module}:{line} imports {name}: {here} may import {sorted(allowed) or 'nothing of ours'}"
                 )
-        fused, lazy_flash = is_fused(module), top == "flash_attn" and not at_import
-        if here == "kernels" and top not in KERNELS_USE | {"chronicals"} and not (fused and lazy_flash):
+        fused, lazy = is_fused(module), (top == "flash_attn" and not at_import) or module in CUTE
+        if here == "kernels" and top not in KERNELS_USE | {"chronicals"} and not (fused and lazy):
             found.append(f"{module}:{line} imports {name}: kernels use torch, triton and the standard library")
         if top == "triton" and not fused:
             found.append(f"{module}:{line} imports triton: its kernels live in {FUSED}")
+        if any(name == cute or name.startswith(f"{cute}.") for cute in CUTE) and at_import:
+            found.append(f"{module}:{line} imports {name} at the top: it needs quack, which only Hopper has")
         if is_fused(name) and at_import and not fused:
             found.append(f"{module}:{line} imports {name} at the top: it needs triton, which is not there on a CPU")
         if here in COLD and top in HEAVY and at_import:

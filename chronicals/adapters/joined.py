@@ -19,6 +19,7 @@ Shapes: T tokens, R the sum of the ranks, rounded up to `ROOM`: what is beyond i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,6 +106,12 @@ class JoinedLoRA(LoRAProjection):
 
     def input_grad(self, d_out: Tensor) -> Tensor:
         return Projection.input_grad(self, d_out)
+
+    def glu(self, x: Tensor, activation: str, **options: Any) -> tuple[Tensor, Tensor | None]:
+        return Projection.glu(self, x, activation, **options)
+
+    def glu_grad_(self, d_out: Tensor, gate_up: Tensor, activation: str, *, again: bool) -> Tensor | None:
+        return Projection.glu_grad_(self, d_out, gate_up, activation, again=again)
 
     def kept(self, x: Tensor) -> Tensor:
         return widened(x, self.in_room)[:, x.shape[1] :]

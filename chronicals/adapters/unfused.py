@@ -73,6 +73,23 @@ class LoRAProjection(Projection):
             d_x.addmm_(d_out[:, target.part] @ b, a, alpha=target.scaling)
         return d_x
 
+    def glu(
+        self,
+        x: Tensor,
+        activation: str,
+        *,
+        product: bool = True,
+        gate_up: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        gate_up = self(x, gate_up)
+        return gate_up, self.ops.glu_forward(gate_up, activation, out=out) if product else None
+
+    def glu_grad_(self, d_out: Tensor, gate_up: Tensor, activation: str, *, again: bool) -> Tensor | None:
+        d_product = self.input_grad(d_out)
+        self.ops.glu_backward(d_product, gate_up, activation, d_gate_up=gate_up, out=d_product if again else None)
+        return d_product if again else None
+
     def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
         for target, a, b in self.adapters():
             d_part = d_out[:, target.part]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chronicals.kernels import column_sums, embedding, glu, lora, nf4, rmsnorm, rope
 from chronicals.kernels.attention import AttentionBackend, ByDevice
+from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -36,6 +37,7 @@ class Ops:
     rope_qkv_: Callable[..., None]
     glu_forward: Callable[..., Tensor]
     glu_backward: Callable[..., Tensor]
+    glu_matmul: MatmulThenGLU
     place_adapters: Callable[..., Callable[[], None]]
     nf4_dequantize: Callable[..., Tensor]
     attention: AttentionBackend
@@ -56,6 +58,7 @@ REFERENCE = Ops(
     rope_qkv_=rope.rope_qkv_,
     glu_forward=glu.glu_forward,
     glu_backward=glu.glu_backward,
+    glu_matmul=MatmulThenGLU(glu.glu_forward, glu.glu_backward),
     place_adapters=lora.place_adapters,
     nf4_dequantize=nf4.dequantize,
     attention=ByDevice(),
@@ -105,6 +108,7 @@ def fused(
         rope_qkv_=rope.rope_qkv_,
         glu_forward=glu.glu_forward,
         glu_backward=glu.glu_backward,
+        glu_matmul=MatmulThenGLU(glu.glu_forward, glu.glu_backward),
         place_adapters=place_adapters.place_adapters,
         nf4_dequantize=nf4.dequantize,
         attention=attention.backend_for(torch.device(device), dtype, head_dim=head_dim, deterministic=deterministic),

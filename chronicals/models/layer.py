@@ -301,8 +301,8 @@ class AttentionHalf:
 class MLPHalf:
     """Gated feed-forward, behind its norm."""
 
-    def __init__(self, norm: RMSNorm, mlp: MLP, activation: str, ops: Ops) -> None:
-        self.norm, self.mlp, self.activation, self.ops = norm, mlp, activation, ops
+    def __init__(self, norm: RMSNorm, mlp: MLP, activation: str) -> None:
+        self.norm, self.mlp, self.activation = norm, mlp, activation
         self.dropped: tuple[str, ...] = ()
 
     @property
@@ -312,18 +312,18 @@ class MLPHalf:
     def parameters(self) -> Iterator[nn.Parameter]:
         return chain(self.norm.parameters(), self.mlp.parameters())
 
-    def gate_up(self, normed: Tensor) -> Tensor:
-        """(T, H) -> (T, 2F), where its gradient will lie too."""
-        projection = self.mlp.gate_up_proj
-        return projection(normed, outlet(normed, projection.weight.shape[0], projection.out_room))
+    def glu(self, normed: Tensor, *, product: bool = True) -> tuple[Tensor, Tensor | None]:
+        """(T, H) -> gate and up (T, 2F), where their gradient will lie too, and the product (T, F) where it is
+        wanted."""
+        gate_up_proj, down_proj = self.mlp.gate_up_proj, self.mlp.down_proj
+        gate_up = outlet(normed, gate_up_proj.weight.shape[0], gate_up_proj.out_room)
+        out = outlet(normed, down_proj.weight.shape[1], down_proj.in_room if product else 0)
+        return gate_up_proj.glu(normed, self.activation, product=product, gate_up=gate_up, out=out)
 
     def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> MLPSaved:
         """All of the forward pass but the last projection."""
         x, normed, rstd = self.norm.add(residual, delta, self.mlp.gate_up_proj.in_room)
-        gate_up, down_proj = self.gate_up(normed), self.mlp.down_proj
-        out = outlet(gate_up, down_proj.weight.shape[1], down_proj.in_room)
-        product = self.ops.glu_forward(gate_up, self.activation, out=out)
-        return MLPSaved(x, rstd, normed, None, gate_up, product, None)
+        return MLPSaved(x, rstd, normed, None, *self.glu(normed), None)
 
     def output(self, saved: MLPSaved) -> Tensor:
         """The last projection: (T, H)."""
@@ -346,17 +346,14 @@ class MLPHalf:
     ) -> Tensor | None:
         norm, gate_up_proj, down_proj = self.norm, self.mlp.gate_up_proj, self.mlp.down_proj
         normed = norm.again(saved.x, saved.rstd, gate_up_proj.in_room) if saved.normed is None else saved.normed
-        gate_up = self.gate_up(normed) if saved.gate_up is None else saved.gate_up
-        d_product = down_proj.input_grad(d)
-        # the gradient takes the place of gate_up and, where the product was not kept, the product that of its gradient
-        again = d_product if saved.product is None else None
-        d_gate_up = self.ops.glu_backward(d_product, gate_up, self.activation, d_gate_up=gate_up, out=again)
-        product = d_product if saved.product is None else saved.product
-        kept = _kept(down_proj, saved.product, saved.product_kept)
-        down_proj.weight_grads(d, product, kept, gradients)
-        del d_product, again, product
+        gate_up = self.glu(normed, product=False)[0] if saved.gate_up is None else saved.gate_up
+        again = down_proj.glu_grad_(d, gate_up, self.activation, again=saved.product is None)
+        product = again if saved.product is None else saved.product
+        assert product is not None
+        down_proj.weight_grads(d, product, _kept(down_proj, saved.product, saved.product_kept), gradients)
+        del again, product
         kept = _kept(gate_up_proj, normed, saved.normed_kept)
-        return _behind_norm(norm, gate_up_proj, saved, normed, kept, d_gate_up, d, gradients, room)
+        return _behind_norm(norm, gate_up_proj, saved, normed, kept, gate_up, d, gradients, room)
 
 
 def _alone(projection: Projection, x: Tensor | None) -> Tensor | None:
@@ -464,7 +461,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, ops, **factory)
         self._halves = (
             AttentionHalf(self.input_layernorm, self.self_attn, ops),
-            MLPHalf(self.post_attention_layernorm, self.mlp, config.activation, ops),
+            MLPHalf(self.post_attention_layernorm, self.mlp, config.activation),
         )
         self.recompute = "light"
 

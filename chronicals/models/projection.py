@@ -114,6 +114,28 @@ class Projection(nn.Module):
         """What `weight_grads` will want of what `forward` left behind x: a view, or None."""
         return None
 
+    def glu(
+        self,
+        x: Tensor,
+        activation: str,
+        *,
+        product: bool = True,
+        gate_up: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` to (T, out), the gate's columns and then up's, and where it is wanted their product (T, out / 2);
+        written to `gate_up` and `out` where given."""
+        return self.ops.glu_matmul.forward(
+            *self.operands(x), activation, bias=self.bias, product=product, gate_up=gate_up, out=out
+        )
+
+    def glu_grad_(self, d_out: Tensor, gate_up: Tensor, activation: str, *, again: bool) -> Tensor | None:
+        """`input_grad` where the input is a GLU's product, and on through that GLU: makes of gate_up (T, 2 in) its
+        gradient. Returns the product (T, in) where it is wanted `again`."""
+        return self.ops.glu_matmul.backward(
+            *self.grad_operands(d_out), gate_up, activation, d_gate_up=gate_up, again=again
+        )
+
     def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
         """The gradients of its parameters, behind `input_grad` or `grad_operands` of the same d_out.
 

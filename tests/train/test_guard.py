@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from chronicals.data.documents import Documents
 from chronicals.data.loader import Loader
 from chronicals.errors import GuardError
+from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.ops import REFERENCE
 from chronicals.train import setup, trainer
 from chronicals.train.evaluate import Evaluation
@@ -114,7 +115,8 @@ def test_one_part_of_a_fused_weight(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     def make_broken(*args: Any) -> nn.Module:
         model = make(*args)
-        model.layers[0]._halves[1].ops = replace(REFERENCE, glu_backward=half_dead)
+        broken = MatmulThenGLU(REFERENCE.glu_forward, half_dead)
+        model.layers[0].mlp.down_proj.ops = replace(REFERENCE, glu_matmul=broken)
         return model
 
     monkeypatch.setattr(setup, "_model", make_broken)

@@ -10,16 +10,10 @@ Its import is seconds of Python, so `start_import` begins it in a thread, while 
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
-import sys
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import cache, cached_property
-from pathlib import Path
-from threading import Thread, current_thread
 from types import ModuleType
 from typing import Any, Unpack
 
@@ -27,6 +21,7 @@ import torch
 from torch import Tensor
 
 from chronicals.kernels.attention import HALF, AttentionBackend, Options, no_rows, plain_backend
+from chronicals.kernels.fused.importing import import_in_thread, kernel_cache, quack_without_its_kernels
 
 LONGEST_HEAD = 128  # elements; its backward takes no longer ones on Hopper
 
@@ -147,52 +142,17 @@ def start_import_where_it_fits(device: str) -> None:
 @cache
 def start_import() -> Future[ModuleType]:
     """The library, or what kept it from being imported, once the thread that imports it is done; one a process."""
-    future: Future[ModuleType] = Future()
-    # a daemon: a run that ends with an error meanwhile does not wait for it
-    thread = Thread(target=_import_into, args=(future,), name="import flash_attn", daemon=True)
-    # a process forked meanwhile (to prepare data) would inherit locks that no thread of its own holds
-    os.register_at_fork(before=lambda: None if current_thread() is thread else thread.join())
-    thread.start()
-    return future
-
-
-def _import_into(future: Future[ModuleType]) -> None:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)  # by default the main thread would wait 5 ms after each of its thousands of torch ops
-    try:
-        future.set_result(_import())
-    except Exception as error:  # noqa: BLE001  raised again where the library is wanted
-        future.set_exception(error)
-    finally:
-        sys.setswitchinterval(interval)
+    return import_in_thread("flash_attn", _import)
 
 
 def _import() -> ModuleType:
-    # its kernels are compiled at their first call, seconds each; these are read when it is imported. Its own default
-    # is a folder below /tmp, which is lost at a reboot and whose name another user can take first.
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # its kernels are compiled at their first call, seconds each; these are read when it is imported
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_home / "chronicals" / "flash-attention"))
-    with _quack_without_its_kernels():
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", kernel_cache("flash-attention"))
+    with quack_without_its_kernels():
         from flash_attn.cute import interface
 
     return interface
-
-
-@contextmanager
-def _quack_without_its_kernels() -> Iterator[None]:
-    """`import quack` costs two fifths of the whole, for kernels of its own that import torch's compiler. FlashAttention
-    uses its helper modules and `quack.dsl`, which every import of it begins with. Afterwards it imports as ever."""
-    spec = importlib.util.find_spec("quack")
-    if spec is None or "quack" in sys.modules:
-        yield
-        return
-    sys.modules["quack"] = importlib.util.module_from_spec(spec)  # found by its submodules, and not executed
-    try:
-        importlib.import_module("quack.dsl")
-        yield
-    finally:
-        del sys.modules["quack"]
 
 
 def _is_hopper_or_blackwell(device: torch.device | None = None) -> bool:
