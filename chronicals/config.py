@@ -104,6 +104,15 @@ class DatasetEntry(_Strict):
     """As the config's `train_on_inputs`, for these rows only."""
 
 
+class BnbConfig(_Strict):
+    """How weights are put in 4 bits, under the names of bitsandbytes."""
+
+    bnb_4bit_quant_type: Literal["nf4"] = "nf4"
+    """Quantiles of the normal distribution."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the scales too: 4.1 bits an element instead of 4.5."""
+
+
 class TrainConfig(_Strict):
     """Everything a training run is told, checked once. Only `base_model` and `datasets` have no default."""
 
@@ -158,8 +167,13 @@ class TrainConfig(_Strict):
     packing_algorithm: Literal["bfd", "ffd"] = "bfd"
     """Best-Fit or First-Fit Decreasing."""
     # Adapter
-    adapter: Literal["lora"] | None = None
-    """Train thin matrices beside the frozen weights instead of the weights; docs/guide/lora.md."""
+    adapter: Literal["lora", "qlora"] | None = None
+    """Train thin matrices beside the frozen weights instead of the weights; `qlora`: with `load_in_4bit`;
+    docs/guide/lora.md."""
+    load_in_4bit: bool | None = None
+    """Keep the frozen weights of the layers in 4 bits (NF4), quantised on load where the model is not already."""
+    bnb_config_kwargs: BnbConfig | None = None
+    """How: `bnb_4bit_quant_type` (`nf4`), `bnb_4bit_use_double_quant` (default true)."""
     lora_r: Count | None = None
     """Rank (default 16 with an adapter)."""
     lora_alpha: Count | None = None
@@ -352,6 +366,7 @@ _NESTED: dict[str, type[BaseModel]] = {
     "datasets": DatasetEntry,
     "test_datasets": DatasetEntry,
     "special_tokens": SpecialTokens,
+    "bnb_config_kwargs": BnbConfig,
 }
 
 

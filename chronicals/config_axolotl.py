@@ -71,7 +71,8 @@ KNOWN_VALUES: dict[str, frozenset[str]] = {
     stable_adamw
     """.split()
     ),
-    "adapter": frozenset(["qlora", "llama-adapter"]),
+    "adapter": frozenset(["llama-adapter"]),
+    "bnb_4bit_quant_type": frozenset(["fp4"]),
     "lr_scheduler": frozenset(
         """
     cosine_warmup_with_min_lr cosine_with_min_lr cosine_with_restarts greedy inverse_sqrt log_sweep one_cycle
@@ -125,6 +126,16 @@ NOTES: dict[str, str] = {
     ),
 }
 
+# Inside bnb_config_kwargs.
+BNB_NOTES: dict[str, str] = {
+    "bnb_4bit_compute_dtype": "matrix products run in the compute dtype that bf16 and fp16 choose",
+    "bnb_4bit_quant_storage": "codes are kept as bytes",
+    **dict.fromkeys(
+        "llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight llm_int8_threshold".split(),
+        "nothing is in 8 bits",
+    ),
+}
+
 # Items of Axolotl's `plugins` that are about speed and memory alone; any other plugin is not supported.
 SPEED_PLUGINS = frozenset(
     f"axolotl.integrations.{name}" for name in ("liger.LigerPlugin", "cut_cross_entropy.CutCrossEntropyPlugin")
@@ -138,8 +149,7 @@ _ADAPTER_LATER = "it is planned; remove the key, or set it to null, for plain Lo
 UNSUPPORTED: dict[str, str] = {
     "peft_use_dora": _ADAPTER_LATER,
     "lora_modules_to_save": _ADAPTER_LATER,
-    "load_in_4bit": _LATER,
-    "load_in_8bit": _LATER,
+    "load_in_8bit": "use load_in_4bit, which is half as large, or remove it for 16 bits",
     "deepspeed": _LATER,
     "fsdp": _LATER,
     "fsdp_config": _LATER,
@@ -158,7 +168,7 @@ UNSUPPORTED: dict[str, str] = {
         """
     accelerator_config activation_checkpointing activation_offloading adam_beta3 adam_epsilon2
     added_tokens_overrides auto_find_batch_size average_tokens_across_devices batch_flattening bench_dataset
-    bench_split bf16_full_eval bnb_config_kwargs center_rewards_coefficient chat_template_kwargs cls_model_config
+    bench_split bf16_full_eval center_rewards_coefficient chat_template_kwargs cls_model_config
     comet_api_key comet_experiment_config comet_experiment_key comet_mode comet_online comet_project_name
     comet_workspace context_parallel_size cosine_constant_lr_ratio cpo_alpha curriculum_sampling data_seed
     dataloader_drop_last dataset_exact_deduplication dataset_keep_in_memory dataset_shard_idx dataset_shard_num ddp

@@ -37,6 +37,7 @@ class _Tables:
 
 _TOP = _Tables(tables.ALIASES, tables.VALUES, tables.NOTES, tables.UNSUPPORTED)
 _DATASET = _Tables(tables.DATASET_ALIASES, tables.DATASET_VALUES, {}, tables.DATASET_UNSUPPORTED)
+_BNB = _Tables({}, {}, tables.BNB_NOTES, {})
 _NONE = _Tables({}, {}, {}, {})
 
 
@@ -56,7 +57,8 @@ class Names:
         for key, model in self.nested.items():
             value = self.values.get(key)
             if isinstance(value, dict):
-                self.values[key] = self._mapping(model, value, (key,), _NONE)
+                names = _BNB if key == "bnb_config_kwargs" else _NONE
+                self.values[key] = self._mapping(model, value, (key,), names)
             elif isinstance(value, list):
                 self.values[key] = [
                     self._mapping(model, item, (key, i), _DATASET) if isinstance(item, dict) else item

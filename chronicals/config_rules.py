@@ -101,6 +101,8 @@ def _evaluation_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, b
 
 def fill_adapter(values: Mapping[str, Any], choose: Callable[[str, Any, str], None]) -> None:
     """What an adapter is where its keys are left out."""
+    if values["adapter"] == "qlora":
+        choose("load_in_4bit", True, "adapter: qlora")
     choose("lora_r", 16, "default of an adapter")
     if isinstance(values["lora_r"], int):
         choose("lora_alpha", 2 * values["lora_r"], "twice lora_r")
@@ -125,6 +127,24 @@ def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool
             config.adapter is not None and config.reinit_weights,
             "an adapter of random weights is of no use: they are not saved with it",
             "remove reinit_weights or adapter",
+        ),
+        (
+            "load_in_4bit",
+            config.adapter == "qlora" and not config.load_in_4bit,
+            "load_in_4bit is false beside adapter: qlora",
+            "remove it, or set `adapter: lora`",
+        ),
+        (
+            "load_in_4bit",
+            config.adapter is None and bool(config.load_in_4bit),
+            "load_in_4bit without an adapter: weights in 4 bits cannot be trained",
+            "set `adapter: qlora`, or remove it",
+        ),
+        (
+            "bnb_config_kwargs",
+            bool(config.bnb_config_kwargs and config.bnb_config_kwargs.model_fields_set) and not config.load_in_4bit,
+            "bnb_config_kwargs does nothing without load_in_4bit",
+            "set `load_in_4bit: true`, or remove it",
         ),
         (
             "lora_target_linear",

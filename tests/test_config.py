@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from chronicals import config_axolotl
-from chronicals.config import DatasetEntry, TrainConfig
+from chronicals.config import BnbConfig, DatasetEntry, TrainConfig
 from chronicals.config_docs import page
 from chronicals.errors import UserError
 
@@ -154,6 +154,16 @@ def test_keys_without_effect_are_accepted_with_one_line_each(load) -> None:
     ]
 
 
+def test_weights_in_4_bits(load) -> None:
+    config = load("adapter: qlora")
+    assert config.load_in_4bit is True and config.bnb_config_kwargs is None
+    assert config.chosen["load_in_4bit"] == "true (adapter: qlora)"
+    kind = "{bnb_4bit_compute_dtype: bfloat16, bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: false}"
+    config = load(f"adapter: lora\nload_in_4bit: true\nbnb_config_kwargs: {kind}\n")
+    assert config.bnb_config_kwargs == BnbConfig(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False)
+    assert [note.split(" has no effect: ")[0] for note in config.notes] == ["bnb_4bit_compute_dtype"]
+
+
 @pytest.mark.parametrize("nothing", ["null", "false", "", "[]", "{}"])
 def test_unsupported_keys_that_ask_for_nothing_are_accepted(load, nothing: str) -> None:
     assert load("".join(f"{key}: {nothing}\n" for key in config_axolotl.UNSUPPORTED)) == load("")
@@ -170,7 +180,9 @@ def test_the_tables_do_not_overlap() -> None:
     known = [fields, set(config_axolotl.ALIASES), set(config_axolotl.NOTES), set(config_axolotl.UNSUPPORTED)]
     assert sum(map(len, known)) == len(set().union(*known))
     assert set(config_axolotl.ALIASES.values()) <= fields
-    assert set(config_axolotl.VALUES) | set(config_axolotl.KNOWN_VALUES) <= fields
+    nested = set(BnbConfig.model_fields)
+    assert set(config_axolotl.VALUES) | set(config_axolotl.KNOWN_VALUES) <= fields | nested
+    assert not set(config_axolotl.BNB_NOTES) & nested
     assert not set(config_axolotl.DATASET_UNSUPPORTED) & set(DatasetEntry.model_fields)
 
 
@@ -179,8 +191,29 @@ ERRORS = [
     ("per_device_batch_size: 1", "c.yaml:4: unknown key 'per_device_batch_size'; did you mean "),
     ("qwertz: 1", "c.yaml:4: unknown key 'qwertz'; docs/guide/config.md lists every key"),
     ("1: 2", "c.yaml:4: unknown key 1; docs/guide"),
-    ("\n\nadapter: qlora", "c.yaml:6: adapter: qlora is known but not supported; use lora"),
-    ("adapter: lroa", "c.yaml:4: adapter must be lora, not 'lroa'; did you mean 'lora'?"),
+    (
+        "\n\nadapter: llama-adapter",
+        "c.yaml:6: adapter: llama-adapter is known but not supported; use one of lora, qlora",
+    ),
+    ("adapter: lroa", "c.yaml:4: adapter must be one of lora, qlora, not 'lroa'; did you mean 'lora'?"),
+    (
+        "adapter: qlora\nload_in_4bit: false",
+        "c.yaml:5: load_in_4bit is false beside adapter: qlora; remove it, or set `adapter: lora`",
+    ),
+    (
+        "load_in_4bit: true",
+        "c.yaml:4: load_in_4bit without an adapter: weights in 4 bits cannot be trained; set `adapter: qlora`, or",
+    ),
+    (
+        "adapter: lora\nbnb_config_kwargs: {bnb_4bit_use_double_quant: false}",
+        "c.yaml:5: bnb_config_kwargs does nothing without load_in_4bit; set `load_in_4bit: true`, or remove it",
+    ),
+    (
+        "adapter: qlora\nbnb_config_kwargs: {bnb_4bit_quant_type: fp4}",
+        "c.yaml:5: bnb_config_kwargs.bnb_4bit_quant_type: fp4 is known but not supported; use nf4",
+    ),
+    ("adapter: qlora\nbnb_config_kwargs: {bnb_4bit_quant: nf4}", "c.yaml:5: unknown key 'bnb_4bit_quant'; did you"),
+    ("load_in_8bit: true", "c.yaml:4: load_in_8bit is known but not supported; use load_in_4bit, which is half as"),
     (
         "adapter: lora\nlora_dropout: 0.05",
         "c.yaml:5: lora_dropout: 0.05 is not supported yet; set `lora_dropout: 0`",
@@ -226,7 +259,6 @@ ERRORS = [
             ("loraplus_lr_ratio", 16),
         ]
     ),
-    ("load_in_4bit: true", "c.yaml:4: load_in_4bit is known but not supported"),
     ("fp16: true\nbf16: true", "c.yaml:4: fp16 and bf16 are both true; remove one of them"),
     ("trust_remote_code: true", "c.yaml:4: trust_remote_code is known but not supported; no code from a repository"),
     (
@@ -506,7 +538,7 @@ def test_the_schema_admits_what_load_does() -> None:
     assert schema["properties"]["learning_rate"]["default"] == 2e-5
     assert schema["properties"]["learning_rate"]["description"].startswith("Peak learning rate;")
     assert all(value.get("description") for value in schema["properties"].values())
-    assert set(schema["$defs"]) == {"DatasetEntry", "SpecialTokens"}
+    assert set(schema["$defs"]) == {"BnbConfig", "DatasetEntry", "SpecialTokens"}
 
 
 def test_every_key_is_read_somewhere() -> None:

@@ -114,11 +114,14 @@ def verify(
     import torch
 
     from chronicals import hub
+    from chronicals.errors import UserError
     from chronicals.models.hf import DOWNLOADS, load_config, load_model
 
     assert length >= 2, "a document of one token predicts nothing"
     folder = hub.resolve(model, allow_patterns=DOWNLOADS)
     config = load_config(folder)
+    if config.quantization is not None:
+        raise UserError("a model in 4 bits has no gradients to compare", "verify the 16-bit model", file=folder)
     generator = torch.Generator().manual_seed(seed)
     lengths = [max(1, length - i * length // max(1, documents - 1)) for i in range(documents)]
     streams = [torch.randint(config.vocab_size, (n,), generator=generator).to(device) for n in lengths]

@@ -9,8 +9,10 @@ from typing import Any
 from chronicals.adapters.lora import LoRA, Names, add_lora, all_linear, check_lora
 from chronicals.adapters.peft_files import fill_adapter
 from chronicals.config import TrainConfig
+from chronicals.errors import UserError
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
+from chronicals.models.quantization import NF4
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,17 @@ class Adapter:
         targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
         others = ", others by pattern" if lora.rank_pattern or lora.alpha_pattern else ""
         return f"{kind} of rank {lora.r}, scaled by {lora.scaling():g}{others}: {targets}"
+
+
+def quantization_of(config: TrainConfig, model: ModelConfig) -> NF4 | None:
+    """What becomes of the layers' weights on load. Raises UserError where they would be trained in 4 bits."""
+    if config.adapter is None and model.quantization is not None:
+        raise UserError(
+            f"base_model {config.base_model} is quantised, and weights in 4 bits cannot be trained",
+            "set `adapter: qlora`, or name the 16-bit model",
+        )
+    bnb = config.bnb_config_kwargs
+    return NF4(bnb is None or bnb.bnb_4bit_use_double_quant) if config.load_in_4bit else None
 
 
 def lora_of(config: TrainConfig, model: ModelConfig) -> LoRA | None:

@@ -33,7 +33,7 @@ from chronicals.optim.adamw import AdamW
 from chronicals.optim.formats import format_of
 from chronicals.optim.groups import decay_names
 from chronicals.optim.schedules import Schedule
-from chronicals.train.adapter import Adapter, add_adapter, lora_of
+from chronicals.train.adapter import Adapter, add_adapter, lora_of, quantization_of
 from chronicals.train.checkpoint import STATE_FILE, Checkpoints, Parts, checkpoint_bytes, read_checkpoint, restore
 from chronicals.train.display import gib
 from chronicals.train.environment import environment
@@ -143,7 +143,9 @@ def check_start(config: TrainConfig) -> Start:
 
 def load_data(config: TrainConfig, *, progress: bool) -> Data:
     """Tokenise, pack, and count the steps. A model that cannot be trained is told first: data may take an hour."""
-    lora_of(config, load_config(_base_folder(config)))
+    base = load_config(_base_folder(config))
+    lora_of(config, base)
+    quantization_of(config, base)
     chat = remembered_tokenizer(config)
     prepared = prepare(config, chat, progress=progress)
     loader = partial(
@@ -248,10 +250,11 @@ def header(run: Run) -> dict[str, str]:
     """What will be trained on what, by name."""
     stats, plan, model = run.data.train.stats, run.data.plan, run.model
     trained = sum(gradient.numel() for gradient in run.step.gradients.buffers.values())
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())  # two codes a byte
     checkpoint, _ = checkpoint_bytes(model, run.optimizer)
     device = torch.cuda.get_device_name(run.start.device) if run.start.device.type == "cuda" else "CPU"
     weights = ", random weights" if run.config.reinit_weights else ""
+    weights += ", its layers in 4 bits" if any(p.dtype == torch.uint8 for p in model.parameters()) else ""
     facts = {
         "model": f"{run.config.base_model} ({model.config.family}{weights})",
         "trainable parameters": f"{trained:,} of {total:,}",
@@ -287,8 +290,14 @@ def _model(config: TrainConfig, start: Start, chat: ChatTokenizer, ops: Ops) -> 
         model = Decoder(load_config(_base_folder(config)), ops, device=start.device, dtype=start.dtype)
         model.init_weights(config.seed)
     else:
-        revision = config.revision_of_model
-        model = load_model(config.base_model, dtype=start.dtype, device=start.device, ops=ops, revision=revision)
+        model = load_model(
+            config.base_model,
+            dtype=start.dtype,
+            device=start.device,
+            ops=ops,
+            revision=config.revision_of_model,
+            quantization=quantization_of(config, load_config(_base_folder(config))),
+        )
     if config.adapter and chat.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {chat.vocab_size - model.config.vocab_size} tokens more than the model, and an adapter "

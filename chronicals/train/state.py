@@ -26,7 +26,7 @@ TOLD = """
 
 # Keys that say what an adapter is.
 ADAPTER = """
-    lora_r lora_alpha lora_target_modules lora_target_linear lora_exclude_modules peft_layers_to_transform
+    load_in_4bit lora_r lora_alpha lora_target_modules lora_target_linear lora_exclude_modules peft_layers_to_transform
     peft_layers_pattern lora_rank_pattern lora_alpha_pattern peft_init_lora_weights peft_use_rslora
     """.split()
 
@@ -65,6 +65,7 @@ class RunState:
 
 def identity(config: TrainConfig, train: Documents, evaluation: Documents | None, dtype: str) -> dict[str, Any]:
     """What makes it this run and no other, by the names of the config's keys: a resumed run must have the same."""
+    bnb = config.bnb_config_kwargs
     return {
         "base_model": config.base_model,
         "revision_of_model": config.revision_of_model,
@@ -79,6 +80,7 @@ def identity(config: TrainConfig, train: Documents, evaluation: Documents | None
         "optimizer": config.optimizer,
         "adapter": config.adapter,
         **({key: getattr(config, key) for key in ADAPTER} if config.adapter else {}),
+        **({"bnb_config_kwargs": bnb.model_dump()} if bnb else {}),
     }
 
 

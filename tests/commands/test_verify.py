@@ -13,11 +13,12 @@ from rich.console import Console
 
 from chronicals.cli import run
 from chronicals.commands.verify import VerifyReport, VerifyRow, verify
+from chronicals.errors import UserError
 from chronicals.models import hf
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import load_model
-from tests.models.tiny import CHECKPOINTS, save_reference
+from tests.models.tiny import CHECKPOINTS, edit_config, save_reference
 
 
 def printed(report: VerifyReport) -> dict[str, str]:
@@ -100,6 +101,15 @@ def test_a_frozen_tensor_counts_as_a_missing_gradient(tmp_path: Path) -> None:
 
     report = verify(str(tmp_path), length=40, load=load)
     assert [row.name for row in report.rows if not row.ok] == ["model.norm.weight"]
+
+
+def test_a_model_in_4_bits_is_refused(tmp_path: Path) -> None:
+    save_reference("llama", tmp_path)
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    edit_config(tmp_path, quantization_config=nf4)
+    with pytest.raises(UserError) as told:
+        verify(str(tmp_path))
+    assert str(told.value) == f"{tmp_path}: a model in 4 bits has no gradients to compare; verify the 16-bit model"
 
 
 def test_nan_is_not_within_tolerance() -> None:

@@ -34,14 +34,20 @@ def make_tokenizer(folder: Path) -> int:
 
 
 def make_model(
-    folder: Path, *, vocab_size: int | None = None, tie: bool = True, dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    vocab_size: int | None = None,
+    tie: bool = True,
+    dtype: torch.dtype = torch.float32,
+    hidden_size: int = 32,
+    intermediate_size: int = 48,
 ) -> Path:
     """A folder with a random Qwen2 of two layers and its tokenizer."""
     size = make_tokenizer(folder)
     config = transformers.Qwen2Config(
         vocab_size=vocab_size or size,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
