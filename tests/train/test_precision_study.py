@@ -117,7 +117,6 @@ def test_the_curves_of_every_arm(tmp_path: Path, text: Path, monkeypatch: pytest
     assert list(curves) == ["ours", *curve.RUNS, curve.WRONG, curve.FLOAT32]
     for losses in curves.values():
         assert losses == pytest.approx(curves[curve.FLOAT32], rel=2e-2)
-    del curves["transformers, compiled"]  # into kernels of its own on a GPU alone
     assert len({tuple(losses) for losses in curves.values()}) == len(curves), "no two arms are the same run"
 
 
