@@ -26,6 +26,7 @@ KINDS: tuple[tuple[str, str], ...] = (  # the first that fits
     ("head", r"cross_entropy_kernel|losses_kernel|dlogits_kernel|gather_rows|scatter_rows|scale_kernel"),
     ("optimizer", r"adamw|square_sums|tensor_norms|multi_tensor|foreach|lpnorm"),
     ("norms", r"rmsnorm|reduce_partials|column_"),
+    ("matmul", r"quack.*GemmMod"),  # with the GLU inside
     ("elementwise", r"glu_|rope_|embedding_"),
     ("thin matmul", r"lora|dora"),
     ("copies", r"memcpy|memset|copy_kernel|fill|catarray|place"),

@@ -76,7 +76,7 @@ def fused(
     """The bundle of fused kernels.
 
     Args:
-        device, dtype, head_dim: what attention will be given; they choose its backend, once.
+        device, dtype, head_dim: what attention and the GLU's matmuls will be given; they choose who runs them, once.
         deterministic: the same bits every time, at some cost in attention's backward pass.
 
     Raises:
@@ -87,6 +87,7 @@ def fused(
         column_sums,
         embedding,
         glu,
+        glu_matmul,
         linear_cross_entropy,
         nf4,
         place_adapters,
@@ -108,7 +109,7 @@ def fused(
         rope_qkv_=rope.rope_qkv_,
         glu_forward=glu.glu_forward,
         glu_backward=glu.glu_backward,
-        glu_matmul=MatmulThenGLU(glu.glu_forward, glu.glu_backward),
+        glu_matmul=glu_matmul.matmul_for(torch.device(device), dtype),
         place_adapters=place_adapters.place_adapters,
         nf4_dequantize=nf4.dequantize,
         attention=attention.backend_for(torch.device(device), dtype, head_dim=head_dim, deterministic=deterministic),

@@ -63,9 +63,10 @@ def told_dtype(dtype: torch.dtype, device: torch.device, bf16: str | bool, fp16:
 
 def import_ahead(device: str) -> None:
     """Begins to import what `resolve_ops` may choose and takes seconds, in a thread; `device` as in the config."""
-    from chronicals.kernels.fused.attention import start_import_where_it_fits
+    from chronicals.kernels.fused import attention, glu_matmul
 
-    start_import_where_it_fits(device)
+    attention.start_import_where_it_fits(device)
+    glu_matmul.start_import_where_it_fits(device)
 
 
 def resolve_ops(device: torch.device, dtype: torch.dtype, *, head_dim: int, deterministic: bool) -> tuple[Ops, str]:
@@ -74,9 +75,15 @@ def resolve_ops(device: torch.device, dtype: torch.dtype, *, head_dim: int, dete
         return REFERENCE, "plain PyTorch"
     if reason := why_not_fused(device):
         return REFERENCE, f"plain PyTorch, as {reason}"
+    from chronicals.kernels.fused import glu_matmul
+
     ops = fused(device, dtype, head_dim=head_dim, deterministic=deterministic)
     names = {"FlashAttention4": "FlashAttention-4", "TorchVarlen": "torch's FlashAttention-2"}
-    return ops, f"fused, attention by {names.get(type(ops.attention).__name__, 'document')}"
+    told = f"fused, attention by {names.get(type(ops.attention).__name__, 'document')}"
+    if glu_matmul.is_hopper(device):
+        behind = glu_matmul.why_not(device, dtype)
+        told += ", GLU " + (f"behind its matmuls, as {behind}" if behind else "inside its matmuls")
+    return ops, told
 
 
 @contextmanager

@@ -38,6 +38,10 @@ GEMM = "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NTN"
         ("tensor_norms_kernel", "optimizer"),
         ("rmsnorm_backward_kernel", "norms"),
         ("glu_backward_kernel", "elementwise"),
+        (
+            "kernel_cutlass_kernel_quackepiloguefrontendGemmMod_glu_backward_da49bac2e6530c01__c_tile_sm9_object_at",
+            "matmul",
+        ),
         ("void at::native::vectorized_elementwise_kernel<4>", "other"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("Memset (Device)", "copies"),

@@ -21,6 +21,7 @@ from chronicals.kernels.fused import attention, glu_matmul
 from chronicals.kernels.fused.glu_matmul import BACKWARD, BACKWARD_SHORT, FORWARD, HopperGLUMatmul, matmul_for, why_not
 from chronicals.kernels.glu import glu_backward, glu_forward
 from chronicals.kernels.glu_matmul import MatmulThenGLU
+from chronicals.train.precision import resolve_ops
 
 EPILOGUES = "chronicals.kernels.fused.glu_epilogues"
 GPU = torch.device("cuda")
@@ -238,12 +239,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ({"version": "0.7.0"}, torch.bfloat16, "quack-kernels 0.7.0 is not one that was tested (0.6.5)"),
     ],
 )
-def test_where_it_is_chosen(
+def test_where_it_is_chosen_and_what_the_header_says(
     machine: Callable[..., None], found: dict[str, Any], dtype: torch.dtype, reason: str | None
 ) -> None:
     machine(**found)
     assert why_not(GPU, dtype) == reason
     assert type(matmul_for(GPU, dtype)) is (MatmulThenGLU if reason else HopperGLUMatmul)
+    ops, told = resolve_ops(GPU, dtype, head_dim=64, deterministic=False)
+    assert type(ops.glu_matmul) is type(matmul_for(GPU, dtype))
+    hopper = found.get("capability", (9, 0)) == (9, 0)
+    says = f", GLU behind its matmuls, as {reason}" if reason else ", GLU inside its matmuls"
+    assert told.endswith(says) if hopper else "GLU" not in told
 
 
 @pytest.mark.parametrize(
