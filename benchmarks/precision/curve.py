@@ -10,7 +10,8 @@ No two kernels round alike, and a curve answers to its roundings. **The spread**
 runs four times on the same batches, with two attention kernels, with the documents of a batch in two orders, and with
 longer padding, for which libraries take other kernels, and the spread is the largest distance between two of these
 runs. Gate: our mean distance to them is within it, and that of a fifth run whose learning rate is 5% too high is not,
-or the spread would show nothing. The distance to transformers in float32 is told beside. Exit code 1 where the gate is red.
+or the spread would show nothing. The distance to transformers in float32 is told beside. Exit code 1 where the gate is
+red.
 """
 
 from __future__ import annotations

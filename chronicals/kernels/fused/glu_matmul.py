@@ -45,14 +45,12 @@ class Config(NamedTuple):
     columns: int  # of a tile; forward's are of gate and up
     turns: bool  # whether two warp groups take turns, each with a tile of its own, or share one
     cluster: tuple[int, int]  # neighbours that share what they load
-    finished: int  # columns of a tile that are finished at a time
 
 
 FEWEST_ROWS = 2048
-FORWARD = Config(128, 192, turns=True, cluster=(2, 1), finished=32)
-BACKWARD_SHORT = Config(128, 128, turns=True, cluster=(2, 1), finished=32)  # sums of up to SHORT products
-BACKWARD = Config(128, 192, turns=True, cluster=(2, 1), finished=32)
-SHORT = 2048
+SHORT = 2048  # sums of up to so many products are cut otherwise than longer ones
+FORWARD_SHORT, FORWARD = Config(128, 192, turns=True, cluster=(1, 1)), Config(128, 128, turns=True, cluster=(2, 1))
+BACKWARD_SHORT, BACKWARD = Config(128, 128, turns=True, cluster=(1, 2)), Config(128, 192, turns=True, cluster=(2, 1))
 
 
 class HopperGLUMatmul(MatmulThenGLU):
@@ -79,7 +77,8 @@ class HopperGLUMatmul(MatmulThenGLU):
         gate_up = left.new_empty(rows, 2 * width) if gate_up is None else gate_up
         if product and out is None:
             out = left.new_empty(rows, width)
-        launch_forward(FORWARD, left, right.detach(), activation, bias, gate_up, out if product else None)
+        config = FORWARD_SHORT if left.shape[1] <= SHORT else FORWARD
+        launch_forward(config, left, right.detach(), activation, bias, gate_up, out if product else None)
         return gate_up, out if product else None
 
     def backward(
@@ -98,7 +97,7 @@ class HopperGLUMatmul(MatmulThenGLU):
             return super().backward(left, right, gate_up, activation, d_gate_up=d_gate_up, again=again, out=out)
         if again and out is None:
             out = left.new_empty(rows, width)
-        config = BACKWARD_SHORT if len(right) <= SHORT else BACKWARD
+        config = BACKWARD_SHORT if left.shape[1] <= SHORT else BACKWARD
         launch_backward(config, left, right.detach(), activation, gate_up, d_gate_up, out if again else None)
         return out if again else None
 
@@ -169,7 +168,7 @@ def _launch(
     if plan is None:
         direction, activation, dtype, product, bias = key
         with quack_without_its_kernels():  # it asks for its own package's path
-            epilogue = getattr(epilogues, direction)(activation, dtype, config.finished, product=product, bias=bias)
+            epilogue = getattr(epilogues, direction)(activation, dtype, product=product, bias=bias)
             plan = epilogue.gemm(
                 a,
                 b,

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from chronicals.kernels.fused import attention, glu_matmul
-from chronicals.kernels.fused.glu_matmul import BACKWARD, BACKWARD_SHORT, FORWARD, HopperGLUMatmul, matmul_for, why_not
+from chronicals.kernels.fused.glu_matmul import (
+    BACKWARD,
+    BACKWARD_SHORT,
+    FORWARD_SHORT,
+    HopperGLUMatmul,
+    matmul_for,
+    why_not,
+)
 from chronicals.kernels.glu import glu_backward, glu_forward
 from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.train.precision import resolve_ops
@@ -159,14 +166,14 @@ def test_a_kernel_is_made_once_and_cut_as_the_table_says(quack: ModuleType) -> N
     op, bf = HopperGLUMatmul(), torch.bfloat16
     for rows in (8, 16):
         op.forward(wide(rows, HIDDEN, bf), wide(2 * WIDTH, HIDDEN, bf), "silu")
-    (forward,) = quack.forward("silu", bf, FORWARD.finished, product=True, bias=False).calls
-    assert (forward["tile_M"], forward["tile_N"], forward["pingpong"]) == FORWARD[:3]
-    assert (forward["cluster_M"], forward["cluster_N"]) == FORWARD.cluster
+    (forward,) = quack.forward("silu", bf, product=True, bias=False).calls
+    assert (forward["tile_M"], forward["tile_N"], forward["pingpong"]) == FORWARD_SHORT[:3]
+    assert (forward["cluster_M"], forward["cluster_N"]) == FORWARD_SHORT.cluster
     assert forward["post_init_attrs"] == (("use_pdl", False),)
     for hidden, config in ((HIDDEN, BACKWARD_SHORT), (2056, BACKWARD)):
         gate_up = wide(8, 2 * WIDTH, bf)
         op.backward(wide(8, hidden, bf), wide(hidden, WIDTH, bf), gate_up, "silu", d_gate_up=gate_up, again=True)
-        call = quack.backward("silu", bf, config.finished, product=True, bias=False).calls[-1]
+        call = quack.backward("silu", bf, product=True, bias=False).calls[-1]
         assert (call["tile_M"], call["tile_N"], call["pingpong"]) == config[:3]
 
 
@@ -174,13 +181,13 @@ def test_names_tell_kernels_apart_where_their_text_cannot(quack: ModuleType) -> 
     """quack reads the text of a function only where it is not installed below site-packages."""
     bf, half = torch.bfloat16, torch.float16
     functions = [
-        make(activation, dtype, 32, product=product, bias=False).function
+        make(activation, dtype, product=product, bias=False).function
         for make in (quack.forward, quack.backward)
         for activation in ("silu", "gelu", "gelu_tanh")
         for dtype in (bf, half)
         for product in (False, True)
     ]
-    functions += [quack.forward("silu", bf, 32, product=True, bias=True).function]
+    functions += [quack.forward("silu", bf, product=True, bias=True).function]
     assert len({function.__qualname__ for function in functions}) == len(functions)
     assert all(function.__qualname__.endswith(quack._VERSION) for function in functions)
 
