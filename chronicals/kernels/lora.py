@@ -13,6 +13,7 @@ Shapes: T tokens, K elements of a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -88,3 +89,78 @@ def dropout_mask(
     words = torch.stack(philox4x32(call, stream, counter, DROPOUT, seed=seed), 1)
     bits = torch.stack((words & 0xFFFF, words >> 16), 2).view(tokens, calls * LANES)[:, :columns]
     return bits >= threshold(p)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of a fused projection, whose A is rows `start` to `start + rank` of those stacked."""
+
+    start: int
+    rank: int
+    scale: float  # s
+    stream: int  # its number, for the mask: its own in the model
+
+
+class LoRADropout:
+    """Dropout of the inputs of a fused projection's adapters, made once, called in forward and in backward.
+
+        t_i = s_i (M_i x) A_i^T        dx += sum_i M_i (u_i A_i)        dA_i = u_i^T (M_i x)
+
+    with M_i the mask of adapter i times 1 / (1 - p). Both halves draw the same masks from `counter`, the number of the
+    micro-batch, int64 on the device, () or (1,).
+
+    Args:
+        parts: the adapters.
+        p: the probability of being dropped, as `dropout_mask` rounds it.
+        seed: the run's.
+        device: of the tensors to come.
+    """
+
+    def __init__(self, parts: Sequence[Part], p: float, *, seed: int, device: torch.device | str) -> None:
+        self.parts, self.p, self.seed, self.device = parts, p, seed, device
+        self.factor = 1 / (1 - p)
+
+    def down(self, x: Tensor, a: Tensor, counter: Tensor, *, out: Tensor) -> Tensor:
+        """What B is given: t.
+
+        Args:
+            x: (T, K), any row stride.
+            a: (R, K), all A stacked, any row stride.
+            out: (T, R), any row stride; columns of no part stay as they are.
+
+        Returns:
+            `out`.
+        """
+        for part, rows in self._rows():
+            t = (x * self._mask(x, part, counter)) @ a[rows].t()
+            out[:, rows] = t * (part.scale * self.factor)
+        return out
+
+    def up_(self, dx: Tensor, x: Tensor, u: Tensor, a: Tensor, counter: Tensor) -> Tensor:
+        """Adds to `dx`, the gradient of x without its adapters, what comes through them.
+
+        Args:
+            dx: (T, K), any row stride; changed in place.
+            x, a, counter: as `down` had them.
+            u: (T, R), any row stride: the gradient of (x A^T), s dy B.
+
+        Returns:
+            (R, parts, K) float32 (float64 for float64): the gradient of A in parts, for `reduce_partials`; rows of no
+            part hold nothing.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        partials = torch.zeros(a.shape[0], 1, a.shape[1], dtype=wide, device=x.device)
+        total = dx.to(wide)
+        for part, rows in self._rows():
+            keep = self._mask(x, part, counter)
+            total = total + (u[:, rows] @ a[rows]).to(wide) * keep * self.factor
+            partials[rows, 0] = (u[:, rows].t() @ (x * keep)).to(wide) * self.factor
+        dx.copy_(total)
+        return partials
+
+    def _rows(self) -> list[tuple[Part, slice]]:
+        return [(part, slice(part.start, part.start + part.rank)) for part in self.parts]
+
+    def _mask(self, x: Tensor, part: Part, counter: Tensor) -> Tensor:
+        tokens, columns = x.shape
+        return dropout_mask(tokens, columns, self.p, seed=self.seed, stream=part.stream, counter=counter)

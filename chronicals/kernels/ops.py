@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chronicals.kernels import column_sums, embedding, glu, lora, nf4, rmsnorm, rope
+from chronicals.kernels import column_sums, dora, embedding, glu, lora, nf4, rmsnorm, rope
 from chronicals.kernels.attention import AttentionBackend, ByDevice
 from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy
+from chronicals.kernels.lora import LoRADropout
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Ops:
     glu_matmul: MatmulThenGLU
     place_adapters: Callable[..., Callable[[], None]]
     nf4_dequantize: Callable[..., Tensor]
+    lora_dropout: Callable[..., LoRADropout]
+    dora_scales: Callable[..., Callable[[], None]]
+    scale_columns_: Callable[..., Tensor]
+    dora_backward_: Callable[..., Tensor]
     attention: AttentionBackend
     linear_cross_entropy: Callable[..., Tensor]  # differentiable: the one op that is a step of its own
 
@@ -61,6 +66,10 @@ REFERENCE = Ops(
     glu_matmul=MatmulThenGLU(glu.glu_forward, glu.glu_backward),
     place_adapters=lora.place_adapters,
     nf4_dequantize=nf4.dequantize,
+    lora_dropout=LoRADropout,
+    dora_scales=dora.dora_scales,
+    scale_columns_=dora.scale_columns_,
+    dora_backward_=dora.dora_backward_,
     attention=ByDevice(),
     linear_cross_entropy=linear_cross_entropy,
 )
@@ -85,10 +94,12 @@ def fused(
     from chronicals.kernels.fused import (
         attention,
         column_sums,
+        dora,
         embedding,
         glu,
         glu_matmul,
         linear_cross_entropy,
+        lora_dropout,
         nf4,
         place_adapters,
         rmsnorm,
@@ -112,6 +123,10 @@ def fused(
         glu_matmul=glu_matmul.matmul_for(torch.device(device), dtype),
         place_adapters=place_adapters.place_adapters,
         nf4_dequantize=nf4.dequantize,
+        lora_dropout=lora_dropout.FusedLoRADropout,
+        dora_scales=dora.dora_scales,
+        scale_columns_=dora.scale_columns_,
+        dora_backward_=dora.dora_backward_,
         attention=attention.backend_for(torch.device(device), dtype, head_dim=head_dim, deterministic=deterministic),
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
     )

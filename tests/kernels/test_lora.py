@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chronicals.kernels.lora import dropout_mask, place_adapters, threshold
+from chronicals.kernels.lora import LoRADropout, Part, dropout_mask, place_adapters, threshold
 from chronicals.kernels.philox import DROPOUT, philox4x32
 
 DRAW = {"seed": 1, "stream": 2, "counter": 3}
@@ -80,3 +80,28 @@ def test_no_tokens() -> None:
 def test_a_probability_of_one_is_refused() -> None:
     with pytest.raises(AssertionError):
         threshold(1.0)
+
+
+def test_dropout_is_autograds() -> None:
+    """y = s B A (M x) of each part, in float64."""
+    parts, counter = [Part(0, 3, 2.0, 5), Part(4, 2, 0.5, 6)], torch.tensor([3])
+    op = LoRADropout(parts, 0.3, seed=1, device="cpu")
+    x, a = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((9, 20), (6, 20)))
+    d_t, given = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 20, dtype=torch.float64)
+    exact = torch.full((9, 6), 7.0, dtype=torch.float64)
+    for part in parts:
+        mask = dropout_mask(9, 20, 0.3, seed=1, stream=part.stream, counter=3).double() / 0.7
+        rows = slice(part.start, part.start + part.rank)
+        exact[:, rows] = part.scale * (x * mask) @ a[rows].t()
+    d_x, d_a = torch.autograd.grad(exact, [x, a], d_t)
+
+    x, a = x.detach(), a.detach()
+    out = op.down(x, a, counter, out=torch.full((9, 6), 7.0, dtype=torch.float64))
+    torch.testing.assert_close(out, exact.detach(), rtol=1e-13, atol=1e-13)
+    u = d_t.clone()
+    for part in parts:
+        u[:, part.start : part.start + part.rank] *= part.scale
+    dx = given.clone()
+    partials = op.up_(dx, x, u, a, counter)
+    torch.testing.assert_close(dx, given + d_x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(partials.sum(1), d_a, rtol=1e-12, atol=1e-12)

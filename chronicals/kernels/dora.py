@@ -1,0 +1,83 @@
+"""DoRA (Liu et al. 2024) in plain PyTorch: each row of an adapted weight has a length of its own, which is trained.
+
+    y = c * z + b        z = x (W + s B A)^T        c = m / |W + s B A|, the norm of each row
+
+with m the magnitude. The norm counts as a constant in backward (section 4.3 of the paper), as in PEFT, so that
+
+    dz = c * dy          dm = (sum over tokens of dy * z) / norm
+
+and the adapter's own gradients are those of plain LoRA for dz. The norms are worked out once a micro-batch, without a
+weight of full size beside W. Left out: dropout, for which PEFT adapts another input than W is given.
+
+Shapes: T tokens, N outputs, K inputs, r the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DoRARows:
+    """What the scales of one target are made of, and where they go; all keep their memory."""
+
+    weight: Tensor  # (N, K), any row stride
+    a: Tensor  # (r, K), any row stride
+    b: Tensor  # (N, r), contiguous
+    scaling: float  # s
+    magnitude: Tensor  # (N,)
+    c: Tensor  # (N,) float32 (float64 for float64): written, magnitude / norm
+    inverse_norm: Tensor  # (N,), as c: written
+
+
+def dora_scales(targets: Sequence[DoRARows]) -> Callable[[], None]:
+    """A plan, made once: each call of it writes every target's `c` and `inverse_norm`."""
+
+    @torch.no_grad()
+    def write() -> None:
+        for rows in targets:
+            wide = rows.c.dtype
+            adapted = rows.weight.to(wide) + rows.scaling * (rows.b.to(wide) @ rows.a.to(wide))
+            torch.div(1, adapted.norm(dim=1), out=rows.inverse_norm)
+            torch.mul(rows.magnitude.to(wide), rows.inverse_norm, out=rows.c)
+
+    return write
+
+
+def scale_columns_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`c * y + bias`, in place.
+
+    Args:
+        y: (T, N), any row stride.
+        c: (N,) float32.
+        bias: (N,) or None.
+    """
+    scaled = y * c
+    return y.copy_(scaled if bias is None else scaled + bias)
+
+
+def dora_backward_(
+    d: Tensor, z: Tensor, c: Tensor, factor: Tensor, *, bias: Tensor | None = None, partial: Tensor | None = None
+) -> Tensor:
+    """Makes of the gradient of y that of z, in place, and the magnitude's gradient in parts.
+
+    Args:
+        d: (T, N), any row stride: dy, and c * dy afterwards.
+        z: (T, N), any row stride. Where y itself was kept, y with its `bias`.
+        c: (N,) float32.
+        factor: (N,) float32 that multiplies the sums: `inverse_norm` for z; for y 1 / magnitude, as z = (y - b) / c.
+        bias: (N,), taken from `z`.
+        partial: (parts, N) float32 to write, parts as `column_parts` says. None: a new one.
+
+    Returns:
+        (parts, N) float32 (float64 for float64), for `reduce_partials`; here one part.
+    """
+    wide = torch.promote_types(d.dtype, torch.float32)
+    kept = z.to(wide) if bias is None else z.to(wide) - bias
+    sums = ((d * kept).sum(0, keepdim=True) * factor).to(wide)
+    d.copy_(d * c)
+    return sums if partial is None else partial.copy_(sums)

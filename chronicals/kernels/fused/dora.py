@@ -1,0 +1,209 @@
+"""DoRA on the GPU: the scales of all targets by one launch, and two passes over outputs and their gradients.
+
+The math is that of `chronicals/kernels/dora.py`. A row's norm needs the whole row of W, so the launch reads each
+adapted weight once, makes a tile of W + s B A in registers, on tensor cores, and keeps its sum of squares; |W|^2 kept
+beside would save nothing of it, as W A^T reads W too, and would cancel where B A takes W back. Backward reads dy and z
+and writes dz over dy, and leaves the magnitude's gradient in parts as `column_partials` leaves a bias's.
+
+Bytes: W once a micro-batch; y read and written; dy and z read, dz written. Left out: float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chronicals.kernels.dora import DoRARows
+from chronicals.kernels.fused.column_sums import COLUMNS, ROWS, STAGES, THREADS, column_parts
+
+NORM_ROWS, NORM_COLUMNS, NORM_RANK, NORM_STAGES, NORM_WARPS = 64, 64, 32, 2, 4
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+FIELDS = 11  # of a target in the table
+_FIELDS = tl.constexpr(FIELDS)
+
+
+@triton.jit
+def dora_scales_kernel(
+    # (targets, FIELDS) int64: addresses of W, A, B, m, c, 1 / norm; N, K, r; row strides of W and A, and B's is r
+    TARGETS: tl.tensor,
+    SCALINGS: tl.tensor,  # (targets,) float32
+    TILES: tl.tensor,  # (programs, 2) int32: target, first row
+    DTYPE: tl.constexpr,
+    MAGNITUDE_DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    target, first = tl.load(TILES + 2 * tl.program_id(0)), tl.load(TILES + 2 * tl.program_id(0) + 1)
+    table = TARGETS + _FIELDS * target.to(tl.int64)
+    rows, columns, rank = tl.load(table + 6).to(tl.int32), tl.load(table + 7).to(tl.int32), tl.load(table + 8)
+    w_stride, a_stride, rank = tl.load(table + 9), tl.load(table + 10), rank.to(tl.int32)
+    w = tl.load(table).to(tl.pointer_type(DTYPE))
+    a = tl.load(table + 1).to(tl.pointer_type(DTYPE))
+    b = tl.load(table + 2).to(tl.pointer_type(DTYPE))
+    row = first + tl.arange(0, ROWS)
+    scaling = tl.load(SCALINGS + target)
+    squares = tl.zeros((ROWS,), tl.float32)
+    for begin in tl.range(0, columns, COLUMNS, num_stages=STAGES):
+        column = begin + tl.arange(0, COLUMNS)[None, :]
+        product = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for low in range(0, rank, RANK):
+            inner = low + tl.arange(0, RANK)
+            left = tl.load(
+                b + row[:, None].to(tl.int64) * rank + inner[None, :],
+                mask=(row[:, None] < rows) & (inner[None, :] < rank),
+                other=0.0,
+            )
+            right = tl.load(
+                a + inner[:, None] * a_stride + column, mask=(inner[:, None] < rank) & (column < columns), other=0.0
+            )
+            product = tl.dot(left, right, product, input_precision="ieee")
+        mask = (row[:, None] < rows) & (column < columns)
+        adapted = tl.load(w + row[:, None] * w_stride + column, mask=mask, other=0.0).to(tl.float32) + scaling * product
+        squares += tl.sum(adapted * adapted, axis=1)
+    norm = tl.sqrt_rn(squares)
+    magnitude = tl.load(tl.load(table + 3).to(tl.pointer_type(MAGNITUDE_DTYPE)) + row, mask=row < rows, other=0.0)
+    inverse = 1 / norm
+    tl.store(tl.load(table + 4).to(tl.pointer_type(tl.float32)) + row, magnitude.to(tl.float32) * inverse, row < rows)
+    tl.store(tl.load(table + 5).to(tl.pointer_type(tl.float32)) + row, inverse, row < rows)
+
+
+@triton.jit
+def scale_columns_kernel(
+    Y: tl.tensor,  # (rows, columns), last stride 1
+    C: tl.tensor,  # (columns,) float32
+    BIAS: tl.tensor,  # (columns,) or None
+    rows: tl.tensor,
+    columns: tl.tensor,
+    stride: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    strips = tl.cdiv(columns, COLUMNS)
+    row = (tl.program_id(0) // strips) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (row < rows) & (column < columns)
+    place = Y + row.to(tl.int64) * stride + column
+    y = tl.load(place, mask=mask, other=0.0).to(tl.float32) * tl.load(C + column, mask=column < columns, other=0.0)
+    if BIAS is not None:
+        y += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
+    tl.store(place, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dora_backward_kernel(
+    D: tl.tensor,  # (rows, columns), last stride 1: read and written
+    Z: tl.tensor,  # (rows, columns), last stride 1
+    C: tl.tensor,  # (columns,) float32
+    FACTOR: tl.tensor,  # (columns,) float32
+    BIAS: tl.tensor,  # (columns,) or None
+    PARTIAL: tl.tensor,  # (parts, columns) float32
+    rows: tl.tensor,
+    columns: tl.tensor,
+    d_stride: tl.tensor,
+    z_stride: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    strips = tl.cdiv(columns, COLUMNS)
+    part, parts = tl.program_id(0) // strips, tl.num_programs(0) // strips
+    column = (tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    c = tl.load(C + column, mask=column < columns, other=0.0)
+    bias = tl.zeros((1, COLUMNS), tl.float32)
+    if BIAS is not None:
+        bias = tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in tl.range(part * ROWS, rows, parts * ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & (column < columns)
+        place = D + row.to(tl.int64) * d_stride + column
+        d = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(Z + row.to(tl.int64) * z_stride + column, mask=mask, other=0.0).to(tl.float32)
+        total += d * (z - bias)
+        tl.store(place, (d * c).to(D.dtype.element_ty), mask=mask)
+    factor = tl.load(FACTOR + column, mask=column < columns, other=0.0)
+    sums = tl.sum(total, axis=0, keep_dims=True) * factor
+    tl.store(PARTIAL + part.to(tl.int64) * columns + column, sums, mask=column < columns)
+
+
+def dora_scales(targets: Sequence[DoRARows]) -> Callable[[], None]:
+    """As `chronicals.kernels.dora.dora_scales`; a call of the plan is one launch, however many targets it has."""
+    if not targets:
+        return lambda: None
+    like = targets[0]
+    device, fields, tiles = like.weight.device, [], []
+    for i, rows in enumerate(targets):
+        _check(rows, like)
+        tensors = (rows.weight, rows.a, rows.b, rows.magnitude, rows.c, rows.inverse_norm)
+        (n, k), rank = rows.weight.shape, len(rows.a)
+        fields.append([*(t.data_ptr() for t in tensors), n, k, rank, rows.weight.stride(0), rows.a.stride(0)])
+        tiles.append(torch.cartesian_prod(torch.tensor([i]), torch.arange(0, n, NORM_ROWS)))
+    table = torch.tensor(fields, dtype=torch.int64, device=device)
+    scalings = torch.tensor([rows.scaling for rows in targets], dtype=torch.float32, device=device)
+    programs = torch.cat(tiles).int().to(device)
+
+    def write() -> None:
+        dora_scales_kernel[(len(programs),)](
+            table, scalings, programs,
+            DTYPE=TRITON_DTYPES[like.weight.dtype], MAGNITUDE_DTYPE=TRITON_DTYPES[like.magnitude.dtype],
+            ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, RANK=NORM_RANK, STAGES=NORM_STAGES, num_warps=NORM_WARPS,
+        )  # fmt: skip
+
+    return write
+
+
+def scale_columns_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `chronicals.kernels.dora.scale_columns_`."""
+    rows, columns = y.shape
+    assert y.stride(1) == 1 or columns == 1
+    assert c.dtype == torch.float32 and c.shape == (columns,) and c.is_contiguous()
+    assert bias is None or (bias.shape == (columns,) and bias.is_contiguous())
+    programs = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS)
+    if programs:
+        scale_columns_kernel[(programs,)](
+            y, c, bias, rows, columns, y.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=_warps()
+        )  # fmt: skip
+    return y
+
+
+def dora_backward_(
+    d: Tensor, z: Tensor, c: Tensor, factor: Tensor, *, bias: Tensor | None = None, partial: Tensor | None = None
+) -> Tensor:
+    """As `chronicals.kernels.dora.dora_backward_`; parts as `column_parts` says."""
+    rows, columns = d.shape
+    parts = column_parts(rows, columns, d.device)
+    partial = torch.empty(parts, columns, dtype=torch.float32, device=d.device) if partial is None else partial
+    assert partial.shape == (parts, columns), f"{tuple(partial.shape)} is not ({parts}, {columns})"
+    assert partial.dtype == torch.float32 and partial.is_contiguous()
+    assert z.shape == d.shape and z.dtype == d.dtype
+    assert columns == 1 or d.stride(1) == z.stride(1) == 1
+    for vector in (c, factor):
+        assert vector.dtype == torch.float32 and vector.shape == (columns,) and vector.is_contiguous()
+    assert bias is None or (bias.shape == (columns,) and bias.is_contiguous())
+    assert rows + parts * ROWS < 2**31
+    dora_backward_kernel[(parts * triton.cdiv(columns, COLUMNS),)](
+        d, z, c, factor, bias, partial, rows, columns, d.stride(0), z.stride(0),
+        ROWS=ROWS, COLUMNS=COLUMNS, STAGES=STAGES, num_warps=_warps(),
+    )  # fmt: skip
+    return partial
+
+
+def _check(rows: DoRARows, like: DoRARows) -> None:
+    (n, k), rank = rows.weight.shape, len(rows.a)
+    assert rows.a.shape == (rank, k) and rows.b.shape == (n, rank)
+    assert rows.weight.stride(1) == rows.a.stride(1) == 1 and rows.b.is_contiguous()
+    assert rows.weight.dtype == rows.a.dtype == rows.b.dtype == like.weight.dtype
+    assert rows.magnitude.dtype == like.magnitude.dtype
+    for vector in (rows.magnitude, rows.c, rows.inverse_norm):
+        assert vector.shape == (n,) and vector.is_contiguous()
+    assert rows.c.dtype == rows.inverse_norm.dtype == torch.float32
+
+
+def _warps() -> int:
+    return THREADS // (64 if torch.version.hip else 32)

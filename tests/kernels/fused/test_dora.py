@@ -1,0 +1,51 @@
+"""DoRA's kernels compile for every GPU we promise, within its shared memory, unspilled."""
+
+from __future__ import annotations
+
+import pytest
+
+from chronicals.kernels.fused import dora as fused
+from tests.kernels.aot import compile_all
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+def test_scales(kind: str) -> None:
+    dtype = {str(value): value for value in fused.TRITON_DTYPES.values()}[kind]
+    compiled = compile_all(
+        fused.dora_scales_kernel,
+        {"TARGETS": "*i64", "SCALINGS": "*fp32", "TILES": "*i32"},
+        {
+            "DTYPE": dtype, "MAGNITUDE_DTYPE": dtype, "ROWS": fused.NORM_ROWS, "COLUMNS": fused.NORM_COLUMNS,
+            "RANK": fused.NORM_RANK, "STAGES": fused.NORM_STAGES,
+        },
+        num_warps=fused.NORM_WARPS,
+    )  # fmt: skip
+    assert kind == "fp32" or not any(one.stack for one in compiled.values())
+
+
+@pytest.mark.parametrize("bias", ["*bf16", None])
+def test_both_passes(bias: str | None) -> None:
+    sizes = {"ROWS": fused.ROWS, "COLUMNS": fused.COLUMNS}
+    shared = {"C": "*fp32", "rows": "i32", "columns": "i32:16"} | ({"BIAS": bias} if bias else {})
+    none = {} if bias else {"BIAS": None}
+    scale = compile_all(
+        fused.scale_columns_kernel,
+        shared | {"Y": "*bf16", "stride": "i32:16"},
+        sizes | none,
+        num_warps=fused.THREADS // 32,
+    )
+    backward = compile_all(
+        fused.dora_backward_kernel,
+        shared
+        | {
+            "D": "*bf16",
+            "Z": "*bf16",
+            "FACTOR": "*fp32",
+            "PARTIAL": "*fp32",
+            "d_stride": "i32:16",
+            "z_stride": "i32:16",
+        },
+        sizes | none | {"STAGES": fused.STAGES},
+        num_warps=fused.THREADS // 32,
+    )
+    assert not any(one.stack for one in (*scale.values(), *backward.values()))

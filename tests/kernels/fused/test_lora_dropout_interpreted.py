@@ -1,0 +1,91 @@
+"""Dropout of adapters' inputs, interpreted: the plain masks bit for bit, both halves near the plain ones in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from chronicals.kernels.fused import lora_dropout as fused
+from chronicals.kernels.lora import LoRADropout, Part, dropout_mask
+from tests.kernels.numerics import relative_error
+
+SEED, COUNTER = 2**63 + 12345, torch.tensor([7])
+PARTS = [Part(0, 8, 2.0, 5), Part(8, 3, 0.5, 6), Part(11, 17, 1.0, 2**20)]
+SIZES = [(1, 64), (37, 72), (64, 130)]
+
+
+def pair(parts: list[Part], p: float, seed: int = SEED) -> tuple[LoRADropout, LoRADropout]:
+    return fused.FusedLoRADropout(parts, p, seed=seed, device="cpu"), LoRADropout(parts, p, seed=seed, device="cpu")
+
+
+def inside(tensor: Tensor) -> Tensor:
+    """The same numbers in a wider buffer of NaN."""
+    wide = tensor.new_full((tensor.shape[0], tensor.shape[1] + 8), float("nan"))
+    wide[:, : tensor.shape[1]] = tensor
+    return wide[:, : tensor.shape[1]]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.75])
+def test_masks_are_the_plain_ones(size: tuple[int, int], p: float) -> None:
+    """With A the identity, t is the mask."""
+    tokens, columns = size
+    x, a = torch.ones(tokens, columns), torch.eye(columns)
+    part = Part(0, columns, 1.0, 9)
+    ours, plain = pair([part], p)
+    out = ours.down(x, a, COUNTER, out=torch.empty(tokens, columns))
+    keep = dropout_mask(tokens, columns, p, seed=SEED, stream=9, counter=7)
+    assert torch.equal(out, keep * torch.tensor(plain.factor))
+    assert 0 < keep.sum() < keep.numel()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_both_halves(size: tuple[int, int], count: int, dtype: torch.dtype) -> None:
+    (tokens, columns), parts = size, PARTS[:count]
+    rank = sum(part.rank for part in parts)
+    x, dx = (inside(torch.randn(tokens, columns).to(dtype)) for _ in range(2))
+    a, u = inside(torch.randn(rank, columns).to(dtype)), inside(torch.randn(tokens, rank).to(dtype))
+    ours, plain = pair(parts, 0.3)
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
+
+    out = inside(torch.full((tokens, rank), float("nan"), dtype=dtype))
+    exact = plain.down(x.double(), a.double(), COUNTER, out=torch.zeros(tokens, rank, dtype=torch.float64))
+    assert ours.down(x, a, COUNTER, out=out) is out
+    assert relative_error(out, exact) < tolerance
+
+    d_exact = dx.double()
+    partials = plain.up_(d_exact, x.double(), u.double(), a.double(), COUNTER)
+    again = dx.clone()
+    parts_of_a = ours.up_(dx, x, u, a, COUNTER)
+    assert relative_error(dx, d_exact) < tolerance
+    assert parts_of_a.dtype == torch.float32 and parts_of_a.shape[::2] == (rank, columns)
+    assert relative_error(parts_of_a.sum(1), partials.sum(1)) < tolerance
+    assert torch.equal(ours.up_(again, x, u, a, COUNTER), parts_of_a) and torch.equal(again, dx)
+
+
+def test_high_ranks_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "MOST_RANK", 16)
+    monkeypatch.setattr(fused, "MOST_RANKS", 32)
+    parts = [Part(0, 40, 2.0, 5), Part(40, 16, 0.5, 6)]
+    assert [[(piece.start, piece.rank) for piece in launch] for launch in fused.in_launches(parts)] == [
+        [(0, 16), (16, 16)],
+        [(32, 8), (40, 16)],
+    ]
+    ours, plain = pair(parts, 0.3)
+    x, dx, a, u = torch.randn(20, 72), torch.randn(20, 72), torch.randn(56, 72), torch.randn(20, 56)
+    exact = plain.down(x.double(), a.double(), COUNTER, out=torch.zeros(20, 56, dtype=torch.float64))
+    assert relative_error(ours.down(x, a, COUNTER, out=torch.empty(20, 56)), exact) < 1e-6
+    d_exact = dx.double()
+    partials = plain.up_(d_exact, x.double(), u.double(), a.double(), COUNTER)
+    assert relative_error(ours.up_(dx, x, u, a, COUNTER).sum(1), partials.sum(1)) < 1e-6
+    assert relative_error(dx, d_exact) < 1e-6
+
+
+def test_no_tokens() -> None:
+    ours, _ = pair(PARTS[:1], 0.3)
+    x, a, u = torch.empty(0, 64), torch.randn(8, 64), torch.empty(0, 8)
+    ours.down(x, a, COUNTER, out=torch.empty(0, 8))
+    assert (ours.up_(x.clone(), x, u, a, COUNTER).sum(1) == 0).all()
