@@ -20,7 +20,7 @@ from torch import Tensor
 from chronicals.kernels.dora import DoRARows
 from chronicals.kernels.fused.column_sums import COLUMNS, ROWS, STAGES, THREADS, column_parts
 
-NORM_ROWS, NORM_COLUMNS, NORM_RANK, NORM_STAGES, NORM_WARPS = 64, 64, 32, 2, 4
+NORM_ROWS, NORM_COLUMNS, NORM_RANK, NORM_STAGES, NORM_WARPS = 64, 32, 32, 2, 4
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FIELDS = 11  # of a target in the table
 _FIELDS = tl.constexpr(FIELDS)
@@ -34,6 +34,7 @@ def dora_scales_kernel(
     TILES: tl.tensor,  # (programs, 2) int32: target, first row
     DTYPE: tl.constexpr,
     MAGNITUDE_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # rows of W, A and B begin at multiples of 16 bytes, and are such multiples long
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
@@ -46,6 +47,10 @@ def dora_scales_kernel(
     w = tl.load(table).to(tl.pointer_type(DTYPE))
     a = tl.load(table + 1).to(tl.pointer_type(DTYPE))
     b = tl.load(table + 2).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        w, a, b = tl.multiple_of(w, 16), tl.multiple_of(a, 16), tl.multiple_of(b, 16)
+        columns, rank = tl.multiple_of(columns, 8), tl.multiple_of(rank, 8)
+        w_stride, a_stride = tl.multiple_of(w_stride, 8), tl.multiple_of(a_stride, 8)
     row = first + tl.arange(0, ROWS)
     scaling = tl.load(SCALINGS + target)
     squares = tl.zeros((ROWS,), tl.float32)
@@ -147,11 +152,12 @@ def dora_scales(targets: Sequence[DoRARows]) -> Callable[[], None]:
     table = torch.tensor(fields, dtype=torch.int64, device=device)
     scalings = torch.tensor([rows.scaling for rows in targets], dtype=torch.float32, device=device)
     programs = torch.cat(tiles).int().to(device)
+    aligned = all(_aligned(t) for rows in targets for t in (rows.weight, rows.a, rows.b))
 
     def write() -> None:
         dora_scales_kernel[(len(programs),)](
             table, scalings, programs,
-            DTYPE=TRITON_DTYPES[like.weight.dtype], MAGNITUDE_DTYPE=TRITON_DTYPES[like.magnitude.dtype],
+            DTYPE=TRITON_DTYPES[like.weight.dtype], MAGNITUDE_DTYPE=TRITON_DTYPES[like.magnitude.dtype], ALIGNED=aligned,
             ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, RANK=NORM_RANK, STAGES=NORM_STAGES, num_warps=NORM_WARPS,
         )  # fmt: skip
 
@@ -203,6 +209,12 @@ def _check(rows: DoRARows, like: DoRARows) -> None:
     for vector in (rows.magnitude, rows.c, rows.inverse_norm):
         assert vector.shape == (n,) and vector.is_contiguous()
     assert rows.c.dtype == rows.inverse_norm.dtype == torch.float32
+
+
+def _aligned(matrix: Tensor) -> bool:
+    size = matrix.element_size()
+    bytes_ = (matrix.data_ptr(), matrix.stride(0) * size, matrix.shape[1] * size)
+    return all(number % 16 == 0 for number in bytes_) and matrix.shape[1] % 8 == matrix.stride(0) % 8 == 0
 
 
 def _warps() -> int:

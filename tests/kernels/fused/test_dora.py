@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chronicals.kernels.fused import dora as fused
-from tests.kernels.aot import compile_all
+from tests.kernels.aot import TARGETS, compile_all
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
@@ -15,12 +15,15 @@ def test_scales(kind: str) -> None:
         fused.dora_scales_kernel,
         {"TARGETS": "*i64", "SCALINGS": "*fp32", "TILES": "*i32"},
         {
-            "DTYPE": dtype, "MAGNITUDE_DTYPE": dtype, "ROWS": fused.NORM_ROWS, "COLUMNS": fused.NORM_COLUMNS,
-            "RANK": fused.NORM_RANK, "STAGES": fused.NORM_STAGES,
+            "DTYPE": dtype, "MAGNITUDE_DTYPE": dtype, "ALIGNED": True, "ROWS": fused.NORM_ROWS,
+            "COLUMNS": fused.NORM_COLUMNS, "RANK": fused.NORM_RANK, "STAGES": fused.NORM_STAGES,
         },
         num_warps=fused.NORM_WARPS,
+        targets=TARGETS if kind == "bf16" else {"sm_80": TARGETS["sm_80"]},
     )  # fmt: skip
-    assert kind == "fp32" or not any(one.stack for one in compiled.values())
+    if kind == "bf16":
+        assert not any(one.stack for one in compiled.values())
+        assert "ld.global.b16" not in compiled["sm_90"].assembly
 
 
 @pytest.mark.parametrize("bias", ["*bf16", None])
