@@ -157,8 +157,9 @@ def dora_scales(targets: Sequence[DoRARows]) -> Callable[[], None]:
     def write() -> None:
         dora_scales_kernel[(len(programs),)](
             table, scalings, programs,
-            DTYPE=TRITON_DTYPES[like.weight.dtype], MAGNITUDE_DTYPE=TRITON_DTYPES[like.magnitude.dtype], ALIGNED=aligned,
-            ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, RANK=NORM_RANK, STAGES=NORM_STAGES, num_warps=NORM_WARPS,
+            DTYPE=TRITON_DTYPES[like.weight.dtype], MAGNITUDE_DTYPE=TRITON_DTYPES[like.magnitude.dtype],
+            ALIGNED=aligned, ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, RANK=NORM_RANK, STAGES=NORM_STAGES,
+            num_warps=NORM_WARPS,
         )  # fmt: skip
 
     return write
