@@ -3,10 +3,10 @@ written, straight into the matmul's operand.
 
     w = value[code] * absmax        absmax = table[byte] * scale + offset
 
-A program has a tile of words of 8 codes; a word lies in one block, and its 8 elements are one or two vectorised stores.
-The 16 values are one line of memory that stays in the first cache: a load of 32 of them, whichever, is one access,
-while choosing by selects takes 15 instructions an element, more than the time of a copy has. The integer part is a
-shift and a mask. Products are not contracted with sums: the bits are those of the reference.
+A program has a tile of blocks, whose absmax and place it works out once, and of each 8 words of 8 codes: the 8 elements
+of a word are one or two vectorised stores. The 16 values are one line of memory that stays in the first cache: a load
+of 32 of them, whichever, is one access, while choosing by selects takes 15 instructions an element, more than the time
+of a copy has. The bits are those of the reference: products are not contracted with sums.
 
 Left out: matmuls that read the codes themselves. They win for a few tokens; with thousands each tile of the weight
 would be made wide again for every tile of tokens.
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chronicals.kernels.nf4 import DTYPES, NF4Weight
+from chronicals.kernels.nf4 import BLOCK, DTYPES, NF4Weight
 
 WORD = 8  # codes in 32 bits
 
@@ -29,11 +29,11 @@ WORD = 8  # codes in 32 bits
 class Config(NamedTuple):
     """How the kernel is launched."""
 
-    words: int  # that a program handles
+    blocks: int  # that a program handles
     warps: int
 
 
-CONFIG = Config(1024, 8)  # four words a thread: a 16-byte load, 64 bytes to store
+CONFIG = Config(128, 4)  # 8 words a thread: two 16-byte loads, 8 stores of as many
 
 
 @triton.jit
@@ -43,28 +43,28 @@ def nf4_dequantize_kernel(
     SCALES: tl.tensor,  # (groups, 2) float32; None: absmax is float32
     TABLES: tl.tensor,  # (16 + 256,) float32
     OUT: tl.tensor,
-    words: tl.tensor,
-    row_words: tl.tensor,  # of a row of the weight
+    blocks: tl.tensor,
+    row_blocks: tl.tensor,  # of a row of the weight
     out_stride: tl.tensor,  # of a row of OUT, in words
     group_shift: tl.tensor,  # log2 of the blocks that share a scale
     TILE: tl.constexpr,
 ) -> None:
-    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    mask = at < words
-    word = tl.load(CODES + at, mask=mask, other=0)
-    block = at >> 3
+    block = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = block < blocks
     absmax = tl.load(ABSMAX + block, mask=mask, other=0)
     if SCALES is not None:
         group = block >> group_shift
         scale = tl.load(SCALES + 2 * group, mask=mask, other=0.0)
         offset = tl.load(SCALES + 2 * group + 1, mask=mask, other=0.0)
         absmax = tl.load(TABLES + 16 + absmax.to(tl.int32)) * scale + offset
-    row = at // row_words
-    begin = (row.to(tl.int64) * out_stride + (at - row * row_words)) * 8
-    element = tl.arange(0, 8)
-    code = (word[:, None] >> ((element * 4) ^ 4)[None, :]) & 15  # the first of a byte is in its high half
-    value = tl.load(TABLES + code) * absmax[:, None]
-    tl.store(OUT + begin[:, None] + element[None, :], value.to(OUT.dtype.element_ty), mask=mask[:, None])
+    row = block // row_blocks
+    begin = row.to(tl.int64) * out_stride * 8 + (block - row * row_blocks) * 64
+    of_block, of_word = tl.arange(0, 8)[None, :], tl.arange(0, 8)[None, None, :]
+    word = tl.load(CODES + block[:, None] * 8 + of_block, mask=mask[:, None], other=0)
+    code = (word[:, :, None] >> ((of_word * 4) ^ 4)) & 15  # the first of a byte is in its high half
+    value = tl.load(TABLES + code) * absmax[:, None, None]
+    at = begin[:, None, None] + (of_block * 8)[:, :, None] + of_word
+    tl.store(OUT + at, value.to(OUT.dtype.element_ty), mask=mask[:, None, None])
 
 
 def dequantize(weight: NF4Weight, out: Tensor) -> Tensor:
@@ -80,18 +80,18 @@ def dequantize(weight: NF4Weight, out: Tensor) -> Tensor:
     """
     assert out.shape == weight.shape and out.dtype in DTYPES
     assert out.stride(1) == 1 and out.stride(0) % WORD == 0 and out.data_ptr() % 16 == 0, "whole aligned words"
-    codes = weight.codes.view(-1).view(torch.int32)
-    nf4_dequantize_kernel[(triton.cdiv(len(codes), CONFIG.words),)](
-        codes,
+    blocks = weight.absmax.numel()
+    nf4_dequantize_kernel[(triton.cdiv(blocks, CONFIG.blocks),)](
+        weight.codes.view(-1).view(torch.int32),
         weight.absmax,
         weight.scales,
         weight.tables,
         out,
-        len(codes),
-        weight.shape[1] // WORD,
+        blocks,
+        weight.shape[1] // BLOCK,
         out.stride(0) // WORD,
         max(weight.group, 1).bit_length() - 1,
-        TILE=CONFIG.words,
+        TILE=CONFIG.blocks,
         num_warps=CONFIG.warps,
         enable_fp_fusion=False,
     )

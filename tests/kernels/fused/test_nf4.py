@@ -14,10 +14,10 @@ SIGNATURE = {
     "SCALES": "*fp32",
     "TABLES": "*fp32",
     "OUT": "*bf16",
-    **dict.fromkeys(("words", "row_words"), "i32:16"),
+    **dict.fromkeys(("blocks", "row_blocks"), "i32"),
     **dict.fromkeys(("out_stride", "group_shift"), "i32"),
 }
-CONSTEXPRS = {"TILE": fused.CONFIG.words}
+CONSTEXPRS = {"TILE": fused.CONFIG.blocks}
 
 
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp16", "*fp32"])
