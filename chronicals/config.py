@@ -179,12 +179,18 @@ class TrainConfig(_Strict):
     lora_alpha: Count | None = None
     """Adapters are scaled by `lora_alpha / lora_r` (default twice `lora_r`)."""
     lora_dropout: Share | None = None
-    """Only 0 so far."""
+    """Share of an adapter's inputs that is dropped while training, each adapter its own (default 0)."""
     lora_target_modules: list[str] | str | None = None
     """Linear layers that get adapters, such as `[q_proj, v_proj]`, or one regular expression that matches whole names;
     all where left out."""
     lora_target_linear: bool | None = None
     """All linear layers but the head get adapters, whatever `lora_target_modules` says."""
+    lora_bias: Literal["none", "all", "lora_only"] | None = None
+    """Biases of the base model that are trained: none (the default), all, or those of layers with adapters."""
+    lora_modules_to_save: list[str] | None = None
+    """Modules that are trained whole and saved with the adapter, by the ends of their names: `[embed_tokens]`."""
+    peft_ensure_weight_tying: bool | None = None
+    """A tied embedding in `lora_modules_to_save` stays tied to the head (default true with an adapter)."""
     lora_exclude_modules: list[str] | str | None = None
     """Linear layers that get none, written like `lora_target_modules`."""
     peft_layers_to_transform: list[int] | int | None = None
@@ -199,6 +205,10 @@ class TrainConfig(_Strict):
     """How adapters begin: `true` or `kaiming` (A uniform, B zero; the default), `gaussian` (A normal, B zero)."""
     peft_use_rslora: bool | None = None
     """Scale by `lora_alpha / sqrt(lora_r)` instead (rsLoRA)."""
+    peft_use_dora: bool | None = None
+    """Train a magnitude for each row of the adapted weights too (DoRA)."""
+    loraplus_lr_embedding: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of an embedding in `lora_modules_to_save` (default `learning_rate`)."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the B matrices over that of the A matrices (LoRA+; default 1)."""
     # Length of the run

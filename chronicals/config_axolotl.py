@@ -12,11 +12,12 @@ from typing import Any
 ALIASES: dict[str, str] = {
     "auto_resume_from_checkpoints": "resume_from_checkpoint",
     "bfloat16": "bf16",
+    "bias": "lora_bias",
     "cutoff_len": "sequence_len",
     "dataset_num_proc": "dataset_processes",
     "evaluation_strategy": "eval_strategy",
-    "float16": "fp16",
     "exclude_modules": "lora_exclude_modules",
+    "float16": "fp16",
     "full_determinism": "deterministic",
     "gradient_checkpointing": "recompute",
     "init_lora_weights": "peft_init_lora_weights",
@@ -26,12 +27,15 @@ ALIASES: dict[str, str] = {
     "max_seq_length": "sequence_len",
     "model_name_or_path": "base_model",
     "model_revision": "revision_of_model",
+    "modules_to_save": "lora_modules_to_save",
     "num_train_epochs": "num_epochs",
     "optim": "optimizer",
     "packing": "sample_packing",
     "per_device_eval_batch_size": "eval_batch_size",
     "per_device_train_batch_size": "micro_batch_size",
     "run_name": "wandb_name",
+    "use_dora": "peft_use_dora",
+    "use_rslora": "peft_use_rslora",
 }
 
 DATASET_ALIASES: dict[str, str] = {
@@ -143,12 +147,8 @@ SPEED_PLUGINS = frozenset(
 
 _LATER = "it is planned; remove the key, or set it to null, to train in 32 or 16 bits on one device"
 
-_ADAPTER_LATER = "it is planned; remove the key, or set it to null, for plain LoRA"
-
 # Known, and an error unless null or false: key -> how to mend, "" for the plain answer.
 UNSUPPORTED: dict[str, str] = {
-    "peft_use_dora": _ADAPTER_LATER,
-    "lora_modules_to_save": _ADAPTER_LATER,
     "load_in_8bit": "use load_in_4bit, which is half as large, or remove it for 16 bits",
     "deepspeed": _LATER,
     "fsdp": _LATER,
@@ -193,14 +193,14 @@ UNSUPPORTED: dict[str, str] = {
     liger_use_token_scaling lisa_layers_attribute lisa_n_layers lisa_step_interval llama4_linearized_experts
     llmcompressor lm_eval_tasks load_best_model_at_end local_rank log_level logging_dir logging_first_step
     logging_strategy lora_embedding_kernel lora_fan_in_fan_out lora_model_dir lora_on_cpu
-    lora_target_parameters loraplus_lr_embedding
+    lora_target_parameters
     loss_watchdog_patience loss_watchdog_threshold lr_div_factor lr_groups lr_quadratic_warmup
     max_memory max_prompt_len mean_resizing_embeddings merge_lora merge_method metric_for_best_model min_sample_len
     mlflow_experiment_name mlflow_run_name mlflow_tracking_uri model_config model_kwargs model_quantization_config
     model_quantization_config_kwargs mora multipack_real_batches neftune_noise_alpha noisy_embedding_alpha
     num_dataset_shards_to_save num_generation_samples num_labels optim_args optim_target_modules orpo_alpha
     otel_metrics_host otel_metrics_port overrides_of_model_config overrides_of_model_kwargs pad_to_multiple_of peft
-    peft_autocast_adapter_dtype peft_ensure_weight_tying peft_layer_replication
+    peft_autocast_adapter_dtype peft_layer_replication
     peft_trainable_token_indices plugins
     pose_max_context_len pose_num_chunks pose_split_on_token_ids precompute_ref_log_probs preprocess_iterable
     pretrain_multipack_attn pretrain_multipack_buffer_size pretraining_sample_concatenation process_reward_model

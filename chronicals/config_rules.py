@@ -107,21 +107,20 @@ def fill_adapter(values: Mapping[str, Any], choose: Callable[[str, Any, str], No
     if isinstance(values["lora_r"], int):
         choose("lora_alpha", 2 * values["lora_r"], "twice lora_r")
     choose("lora_dropout", 0.0, "default of an adapter")
+    choose("lora_bias", "none", "default of an adapter")
+    if values.get("lora_modules_to_save"):
+        choose("peft_ensure_weight_tying", True, "default of an adapter")
     if not values.get("lora_target_modules"):
         choose("lora_target_linear", True, "no lora_target_modules")
     choose("peft_use_rslora", False, "default of an adapter")
+    choose("peft_use_dora", False, "default of an adapter")
     choose("learning_rate", 2e-4, "default of an adapter")
 
 
 def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool, str, str]]:
-    """What an adapter cannot be yet, and what does nothing without one."""
+    """What an adapter cannot be, and what does nothing without one."""
+    saved = any(name.endswith(("embed_tokens", "lm_head")) for name in config.lora_modules_to_save or ())
     return [
-        (
-            "lora_dropout",
-            bool(config.adapter and config.lora_dropout),
-            f"lora_dropout: {config.lora_dropout} is not supported yet",
-            "set `lora_dropout: 0`",
-        ),
         (
             "reinit_weights",
             config.adapter is not None and config.reinit_weights,
@@ -158,6 +157,15 @@ def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool
             "peft_layers_pattern does nothing without peft_layers_to_transform",
             "remove it, or give the numbers of the layers",
         ),
+        *(
+            (
+                key,
+                config.adapter is not None and bool(getattr(config, key)) and key in given and not saved,
+                f"{key} does nothing without embed_tokens in lora_modules_to_save",
+                "remove it, or train the embedding",
+            )
+            for key in ("peft_ensure_weight_tying", "loraplus_lr_embedding")
+        ),
         (
             "peft_layers_to_transform",
             config.peft_layers_to_transform is not None and isinstance(config.lora_target_modules, str),
@@ -177,6 +185,9 @@ def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool
                 "lora_dropout",
                 "lora_target_modules",
                 "lora_target_linear",
+                "lora_bias",
+                "lora_modules_to_save",
+                "peft_ensure_weight_tying",
                 "lora_exclude_modules",
                 "peft_layers_to_transform",
                 "peft_layers_pattern",
@@ -184,6 +195,8 @@ def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool
                 "lora_alpha_pattern",
                 "peft_init_lora_weights",
                 "peft_use_rslora",
+                "peft_use_dora",
+                "loraplus_lr_embedding",
                 "loraplus_lr_ratio",
             )
         ),

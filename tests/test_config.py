@@ -88,6 +88,7 @@ def test_an_alias_is_the_name_it_stands_for(load, alias: str, name: str) -> None
     value |= {"base_model": "q", "revision_of_model": "r", "wandb_name": "n", "num_epochs": "2.0", "recompute": "full"}
     value |= {"bf16": "true", "deterministic": "true", "sample_packing": "false", "label_smoothing_factor": "0.1"}
     value |= {"lora_exclude_modules": "[q_proj]", "peft_init_lora_weights": "gaussian"}
+    value |= {"lora_bias": "all", "lora_modules_to_save": "[norm]", "peft_use_dora": "true", "peft_use_rslora": "true"}
     base = BASE if name != "base_model" else BASE.replace("base_model: m\n", "")
     base += "adapter: lora\n" if name.startswith(("lora_", "peft_")) else ""
     written = value.get(name, "7")
@@ -214,14 +215,14 @@ ERRORS = [
     ),
     ("adapter: qlora\nbnb_config_kwargs: {bnb_4bit_quant: nf4}", "c.yaml:5: unknown key 'bnb_4bit_quant'; did you"),
     ("load_in_8bit: true", "c.yaml:4: load_in_8bit is known but not supported; use load_in_4bit, which is half as"),
-    (
-        "adapter: lora\nlora_dropout: 0.05",
-        "c.yaml:5: lora_dropout: 0.05 is not supported yet; set `lora_dropout: 0`",
-    ),
-    ("adapter: lora\npeft_use_dora: true", "c.yaml:5: peft_use_dora is known but not supported; it is planned; remove"),
-    (
-        "adapter: lora\nlora_modules_to_save: [embed_tokens]",
-        "c.yaml:5: lora_modules_to_save is known but not supported; it is planned; remove the key",
+    ("adapter: lora\nlora_dropout: 1.0", "c.yaml:5: lora_dropout must be a number of at least 0 and below 1, not 1.0"),
+    ("adapter: lora\nbias: some", "c.yaml:5: bias must be one of none, all, lora_only, not 'some'"),
+    *(
+        (
+            f"adapter: lora\n{key}: {value}",
+            f"c.yaml:5: {key} does nothing without embed_tokens in lora_modules_to_save;",
+        )
+        for key, value in [("loraplus_lr_embedding", 1e-6), ("peft_ensure_weight_tying", "true")]
     ),
     ("adapter: lora\nlora_r: 0", "c.yaml:5: lora_r must be a whole number of at least 1, not 0"),
     ("adapter: lora\nlora_r: x", "c.yaml:5: lora_r must be a whole number of at least 1, not 'x'"),
@@ -257,6 +258,10 @@ ERRORS = [
             ("peft_init_lora_weights", "gaussian"),
             ("peft_use_rslora", "true"),
             ("loraplus_lr_ratio", 16),
+            ("loraplus_lr_embedding", 1e-6),
+            ("lora_bias", "all"),
+            ("lora_modules_to_save", "[norm]"),
+            ("peft_use_dora", "true"),
         ]
     ),
     ("fp16: true\nbf16: true", "c.yaml:4: fp16 and bf16 are both true; remove one of them"),

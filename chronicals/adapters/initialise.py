@@ -9,17 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chronicals.adapters.unfused import LoRAProjection
+from chronicals.adapters.unfused import DoRAProjection, LoRAProjection
 
 INITS = ("kaiming", "gaussian")
 
 
 @torch.no_grad()
 def initialise(projection: LoRAProjection, init: str, generator: torch.Generator) -> None:
-    """Fills A and B of each target. `generator` is on the CPU: a seed means the same on every device."""
+    """Fills A, B and the magnitude of each target. `generator` is on the CPU: a seed means the same on every device."""
     for target, a, b in projection.adapters():
         a.copy_(_drawn(a.shape, init, target.r, generator))
         b.zero_()
+    if isinstance(projection, DoRAProjection):
+        for name, magnitude in projection.lora_magnitude_vector.items():
+            magnitude.copy_(projection.norms(name))
 
 
 def _drawn(shape: torch.Size, init: str, r: int, generator: torch.Generator) -> Tensor:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,17 +22,18 @@ from torch import Tensor
 from chronicals.adapters.initialise import initialise
 from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.joined_nf4 import JoinedNF4LoRA
-from chronicals.adapters.unfused import LoRAProjection, Target
+from chronicals.adapters.unfused import DoRAProjection, Dropout, LoRAProjection, Target
 from chronicals.errors import UserError
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.families import FAMILIES
-from chronicals.models.hf import hf_views
+from chronicals.models.hf import hf_views, trained_views
 from chronicals.models.nf4 import NF4Store
 from chronicals.models.projection import Projection
 
 Names = tuple[str, ...] | str
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # of a layer, as we fuse them
+_PREFIX = "base_model.model."  # PEFT's, before every name
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ class LoRA:
     layers_to_transform: tuple[int, ...] | None = None  # all where there are none
     layers_pattern: tuple[str, ...] = ()  # what the list of layers is called; any where empty
     exclude_modules: Names = ()
+    dropout: float = 0.0  # lora_dropout
+    dora: bool = False  # use_dora
     init: str = "kaiming"  # init_lora_weights, see initialise.py
+    bias: str = "none"  # which biases of the base model are trained: "none", "all", "lora_only" (those of targets)
+    modules_to_save: tuple[str, ...] = ()  # ends of names of modules that are trained whole
+    ensure_weight_tying: bool = False  # a tied embedding in modules_to_save stays tied; else each gets a copy
 
     def rank(self, module: str) -> int:
         """r of the Hugging Face module of this name."""
@@ -68,7 +74,21 @@ class LoRA:
         """Whether the Hugging Face module of this name is a target."""
         if _named(self.exclude_modules, module) or not _named(self.targets, module):
             return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
+            return False
         return not self.layers_to_transform or self._layer(module) in self.layers_to_transform
+
+    def saves(self, module: str) -> bool:
+        """Whether the Hugging Face module of this name, or one around it, is trained whole."""
+        parts = module.split(".")
+        around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(outer.endswith(name) for outer in around for name in self.modules_to_save)
+
+    def trains(self, tensor: str) -> bool:
+        """Whether the base model's tensor of this Hugging Face name is trained."""
+        module, _, leaf = tensor.rpartition(".")
+        bias = self.bias == "all" or (self.bias == "lora_only" and self.adapts(module))
+        return self.saves(module) or (leaf == "bias" and bias)
 
     def _layer(self, module: str) -> int | None:
         """The number behind the first name of a list of layers."""
@@ -125,6 +145,7 @@ def check_lora(lora: LoRA, config: ModelConfig) -> None:
         if not 0 <= layer < config.num_hidden_layers:
             last = config.num_hidden_layers - 1
             raise UserError(f"peft_layers_to_transform: there is no layer {layer}", f"layers are 0 to {last}")
+    _check_saved(lora, config)
     targets = [module for module in modules if lora.adapts(module)]
     if not targets:
         raise UserError(
@@ -137,19 +158,44 @@ def check_lora(lora: LoRA, config: ModelConfig) -> None:
                 raise UserError(f"{key}: {expression!r} fits no target", f"targets are such as {targets[0]}")
 
 
+def _check_saved(lora: LoRA, config: ModelConfig) -> None:
+    """Each of `modules_to_save` names something that is there, and nothing that has an adapter."""
+    tensors = [part for parts in FAMILIES[config.family].tensors.values() for part in parts]
+    modules = dict.fromkeys(tensor.rpartition(".")[0] for tensor in tensors)
+    there = [m for m in modules if config.qk_norm or not m.endswith(("q_norm", "k_norm"))]
+    ends = sorted({module.rpartition(".")[2] for module in there})
+    for name in lora.modules_to_save:
+        saved = [m.format(i=i) for m in there for i in range(config.num_hidden_layers)]
+        saved = [module for module in saved if replace(lora, modules_to_save=(name,)).saves(module)]
+        if not saved:
+            near = difflib.get_close_matches(name, ends, n=1)
+            mend = f"did you mean {near[0]!r}?" if near else f"use {', '.join(ends)}"
+            raise UserError(f"lora_modules_to_save: the model has no module {name!r}", mend)
+        if both := [module for module in saved if lora.adapts(module)]:
+            raise UserError(
+                f"lora_modules_to_save: {name!r} takes in {both[0]}, which is a target of the adapter too",
+                "write the whole last part of the module's name",
+            )
+
+
 def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42, joined: Collection[str] = PROJECTIONS) -> None:
-    """Freezes the model and adds adapters to its targets, which leave its output as it is until they are trained.
+    """Freezes the model but for what `lora` trains of it, and adds adapters to its targets. They leave its output as it
+    is until they are trained.
 
     Args:
-        joined: our projections that take their adapters into their matmuls (joined.py); the others are as in
-            unfused.py.
+        seed: of the adapters' first values, and of dropout.
+        joined: our projections that take their adapters into their matmuls (joined.py) where that is possible: without
+            dropout and DoRA. The others are as in unfused.py.
 
-    Raises UserError where there is no target.
+    Raises:
+        UserError: there is no target.
     """
+    _freeze(model, lora)
     generator = torch.Generator().manual_seed(seed)
+    dropout = Dropout(lora.dropout, seed, model.head_weight.device) if lora.dropout else None
     streams = {module: number for number, module in enumerate(linear_modules(model.config))}
+    apart = DoRAProjection if lora.dora else LoRAProjection
     found = False
-    model.requires_grad_(False)
     for path, module in list(model.named_modules()):
         if not isinstance(module, Projection) or module is model.lm_head:
             continue
@@ -163,8 +209,9 @@ def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42, joined: Collection[s
             start = part.stop
         if targets:
             parent, _, leaf = path.rpartition(".")
+            one_matmul = leaf in joined and not (lora.dora or lora.dropout or module.weight.requires_grad)
             together = JoinedNF4LoRA if isinstance(module.store, NF4Store) else JoinedLoRA
-            adapted = (together if leaf in joined else LoRAProjection)(module, targets)
+            adapted = together(module, targets) if one_matmul else apart(module, targets, dropout)
             initialise(adapted, lora.init, generator)
             setattr(model.get_submodule(parent), leaf, adapted)
             model.projections_changed()
@@ -173,18 +220,79 @@ def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42, joined: Collection[s
         raise UserError(f"no linear layer of the model is a target: {lora.targets}", "see lora_target_modules")
 
 
-def adapter_tensors(model: Decoder, kinds: Sequence[str] = ("lora_A", "lora_B")) -> dict[str, Tensor]:
-    """The live tensors of these kinds of all adapters, by PEFT's names; none where the model has no adapter."""
-    found = {
-        f"{path}.{kind}.{target}": parameter.detach()
-        for path, module in model.named_modules()
-        if isinstance(module, LoRAProjection)
-        for kind in kinds
-        for target, parameter in getattr(module, kind).items()
-    }
-    return dict(hf_views(model, found))
+def _freeze(model: Decoder, lora: LoRA) -> None:
+    """All but what `lora` trains of the base model. A tied embedding that is trained is untied first, unless it is to
+    stay tied."""
+    embedding = lora.saves("model.embed_tokens") or lora.saves("lm_head")
+    tied = model.lm_head is None and embedding
+    if tied and not lora.ensure_weight_tying:
+        model.untie_head()
+        tied = False
+    model.requires_grad_(False)
+    frozen: set[str] = set()
+    for name, parameter in model.named_parameters():
+        parts = {part for part, _ in hf_views(model, {name: parameter.detach()})}
+        trained = {part for part in parts if lora.trains(part)}
+        if tied and parameter is model.embed_tokens.weight:
+            trained = parts
+        if trained:
+            parameter.requires_grad_(True)
+            frozen |= parts - trained
+    model.frozen_parts = frozenset(frozen)
 
 
-def learning_rates(model: Decoder, ratio: float) -> dict[str, float]:
-    """LoRA+ (Hayou et al. 2024): PEFT's name of every B -> its share of the learning rate, `ratio`."""
-    return dict.fromkeys(adapter_tensors(model, ("lora_B",)), ratio)
+def adapter_views(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`trained_views` by PEFT's names, of what is trained in a model with an adapter: its own tensors, and biases and
+    modules of the base model.
+
+    Args:
+        tensors: all trained parameters, or what is shaped like them, by our names.
+    """
+    views = trained_views(model, tensors)
+    adapted = {name.removesuffix(".lora_A.weight") for name in views if name.endswith(".lora_A.weight")}
+    found = {}
+    for name, view in views.items():
+        if not name.startswith(_PREFIX):
+            module, _, leaf = f"{_PREFIX}{name}".rpartition(".")
+            name = f"{module}.base_layer.{leaf}" if module in adapted else f"{module}.{leaf}"
+        found[name] = view
+    return found
+
+
+def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
+    """The live tensors of an adapter's file, by PEFT's names; none where the model has no adapter. A head that is tied
+    to a trained embedding is that embedding once more."""
+    if not any(isinstance(module, LoRAProjection) for module in model.modules()):
+        return {}
+    found = adapter_views(model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    if model.lm_head is None and (embedding := found.get(f"{_PREFIX}model.embed_tokens.weight")) is not None:
+        found[f"{_PREFIX}lm_head.weight"] = embedding
+    return found
+
+
+def dropout_counter(model: Decoder) -> Tensor:
+    """() int64, to be set to the micro-batch's number before each; a tensor that nobody reads where there is no
+    dropout."""
+    dropouts = [module for module in model.modules() if isinstance(module, Dropout)]
+    return dropouts[0].counter if dropouts else torch.zeros((), dtype=torch.int64)
+
+
+def names_of(model: Decoder, kind: str) -> list[str]:
+    """PEFT's names of all tensors of a kind: "lora_A", "lora_B" or "lora_magnitude_vector"."""
+    return [name for name in adapter_tensors(model) if name.removesuffix(".weight").endswith(f".{kind}")]
+
+
+def learning_rates(model: Decoder, ratio: float, embedding: float) -> dict[str, float]:
+    """Shares of the learning rate that are not 1, by the names of `trained_views`, for what a tensor is: LoRA+ (Hayou
+    et al. 2024) as PEFT groups it gives each B, and each vector (biases, norms, magnitudes), `ratio`; the embedding has
+    a share of its own."""
+    fast = {b for module in model.modules() if isinstance(module, LoRAProjection) for b in module.lora_B.values()}
+    rates: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = ratio if parameter in fast or parameter.ndim == 1 else 1.0
+        rate = embedding if parameter is model.embed_tokens.weight else rate
+        if rate != 1.0:
+            rates |= dict.fromkeys(trained_views(model, {name: parameter.detach()}), rate)
+    return rates

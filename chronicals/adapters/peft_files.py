@@ -22,10 +22,7 @@ from chronicals.models.hf import fsync
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # keys of adapter_config.json that change what is computed -> what they hold where they do not
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": (None, "none"),
-    "use_dora": (None, False),
     "fan_in_fan_out": (None, False),
-    "modules_to_save": (None, []),
     "layer_replication": (None,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -51,7 +48,7 @@ def save_adapter(model: Decoder, lora: LoRA, folder: Path, *, base_model: str, r
         "revision": revision,
         "r": lora.r,
         "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "use_rslora": lora.rslora,
         "rank_pattern": dict(lora.rank_pattern),
         "alpha_pattern": dict(lora.alpha_pattern),
@@ -59,12 +56,17 @@ def save_adapter(model: Decoder, lora: LoRA, folder: Path, *, base_model: str, r
         "exclude_modules": _listed(lora.exclude_modules) or None,
         "layers_to_transform": _listed(lora.layers_to_transform or ()) or None,
         "layers_pattern": _listed(lora.layers_pattern) or None,
-        "bias": "none",
+        "bias": lora.bias,
+        "use_dora": lora.dora,
+        "modules_to_save": list(lora.modules_to_save) or None,
+        "ensure_weight_tying": lora.ensure_weight_tying,
         "fan_in_fan_out": False,
         "init_lora_weights": True if lora.init == "kaiming" else lora.init,
         "inference_mode": True,
     }
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    tensors = {
+        name: tensor.to("cpu", copy=True) for name, tensor in adapter_tensors(model).items()
+    }  # none shares memory
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in (WEIGHTS_FILE, CONFIG_FILE):
@@ -95,6 +97,9 @@ def read_lora(folder: Path, config: ModelConfig) -> LoRA:
             "convert it by PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
             file=file,
         )
+    bias = data.get("bias") or "none"
+    if bias not in ("none", "all", "lora_only"):
+        raise UserError(f"bias: {bias!r} is not supported", "it is none, all or lora_only", file=file)
     layers = data.get("layers_to_transform")
     return LoRA(
         data["r"],
@@ -106,7 +111,12 @@ def read_lora(folder: Path, config: ModelConfig) -> LoRA:
         layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
         layers_pattern=tuple(_as_list(data.get("layers_pattern"))),
         exclude_modules=_names(data.get("exclude_modules")),
+        dropout=data.get("lora_dropout") or 0.0,
+        dora=bool(data.get("use_dora")),
         init="gaussian" if init == "gaussian" else "kaiming",
+        bias=bias,
+        modules_to_save=tuple(data.get("modules_to_save") or ()),
+        ensure_weight_tying=bool(data.get("ensure_weight_tying")),
     )
 
 
@@ -135,13 +145,15 @@ def _listed(value: tuple[Any, ...] | str) -> list[Any] | str:
 
 
 def load_adapter(model: Decoder, folder: Path) -> LoRA:
-    """Adds the adapter in `folder` to `model`, whose other weights are frozen.
+    """Adds the adapter in `folder` to `model`, whose other weights are frozen. The model is in evaluation mode then,
+    without dropout.
 
     Raises UserError where its files are missing or damaged, do not fit the model, or ask for what is not computed here.
     """
     lora = read_lora(folder, model.config)
     add_lora(model, lora)
     fill_adapter(model, folder)
+    model.eval()
     return lora
 
 

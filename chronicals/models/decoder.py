@@ -133,6 +133,8 @@ class Decoder(nn.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Projection(config.hidden_size, config.vocab_size, ops, bias=False, **factory)
         self.sink: GradSink = Autograd()
+        # Hugging Face names of parts of a trained parameter that stay as they are: biases of k beside trained ones of q
+        self.frozen_parts: frozenset[str] = frozenset()
         self._placing: Callable[[], None] | None = None  # made at the first forward pass
 
     def set_recompute(self, policy: Recompute, layers: int | None = None) -> None:
@@ -212,6 +214,16 @@ class Decoder(nn.Module):
                     module.weight.copy_(drawn.normal_(0.0, self.config.initializer_range, generator=generator))
                     if isinstance(module, Projection) and module.bias is not None:
                         module.bias.zero_()
+
+    @torch.no_grad()
+    def untie_head(self) -> None:
+        """Gives a tied head a weight of its own, equal to the embedding."""
+        embedding = self.embed_tokens.weight
+        self.lm_head = Projection(
+            embedding.shape[1], embedding.shape[0], self.ops, bias=False, device=embedding.device, dtype=embedding.dtype
+        )
+        self.lm_head.weight.copy_(embedding)
+        self.config = replace(self.config, tie_word_embeddings=False)
 
     def resize_token_embeddings(self, n: int) -> None:
         """Grows the vocabulary to `n` rows; new rows are the mean of the old ones, ties are kept.

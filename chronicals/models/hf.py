@@ -37,8 +37,8 @@ INDEX_FILE = "model.safetensors.index.json"
 # by name: some repositories hold the weights twice, in their maker's own layout too
 DOWNLOADS = (CONFIG_FILE, "generation_config.json", "model*.safetensors", INDEX_FILE)
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-# a thin matrix of an adapter, by our name: its block, which one it is, the Hugging Face module it belongs to
-_ADAPTER = re.compile(r"(.+)\.\w+\.(lora_[AB])\.(\w+)")
+# a tensor of an adapter, by our name: its block, which one it is, the Hugging Face module it belongs to
+_ADAPTER = re.compile(r"(.+)\.\w+\.(lora_A|lora_B|lora_magnitude_vector)\.(\w+)")
 # old checkpoints store what is computed anyway
 _HARMLESS = re.compile(r".*rotary_emb\.inv_freq")
 
@@ -155,7 +155,8 @@ def hf_views(model: Decoder, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
         name = name.replace(".store.codes", ".weight")
         if adapter := _ADAPTER.fullmatch(name):
             block, kind, module = adapter.groups()
-            yield f"base_model.model.model.{block}.{module}.{kind}.weight", tensor
+            leaf = kind if kind == "lora_magnitude_vector" else f"{kind}.weight"
+            yield f"base_model.model.model.{block}.{module}.{leaf}", tensor
             continue
         layer = re.search(r"\.(\d+)\.", name)
         index = layer.group(1) if layer else ""
@@ -163,6 +164,11 @@ def hf_views(model: Decoder, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
         sizes = _part_sizes(model.config, name) if len(parts) > 1 else [len(tensor)]
         for part, view in zip(parts, tensor.split(sizes), strict=True):
             yield part.format(i=index), view
+
+
+def trained_views(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`hf_views` of trained parameters, or of tensors like them, without the parts that are frozen."""
+    return {name: view for name, view in hf_views(model, tensors) if name not in model.frozen_parts}
 
 
 def _part_sizes(config: ModelConfig, name: str) -> list[int]:

@@ -150,11 +150,16 @@ class Projection(nn.Module):
 
     def bias_grad(self, d_out: Tensor, gradients: WeightGradients) -> None:
         """The gradient of the bias, where it is trained."""
-        if self.bias is not None and self.bias.requires_grad:
-            place = gradients.place(self.bias, self.ops.column_parts(*d_out.shape, d_out.device))
-            partials = self.ops.column_partials(d_out, partial=place)
+        if self.bias is not None:
+            self.vector_grad(self.bias, d_out, gradients)
+
+    def vector_grad(self, parameter: nn.Parameter, rows: Tensor, gradients: WeightGradients) -> None:
+        """The sum of `rows` (T, N) is the gradient of `parameter` (N,), where that is trained."""
+        if parameter.requires_grad:
+            place = gradients.place(parameter, self.ops.column_parts(*rows.shape, rows.device))
+            partials = self.ops.column_partials(rows, partial=place)
             if place is None:
-                gradients.sum(self.bias, partials, self.ops.reduce_partials)
+                gradients.sum(parameter, partials, self.ops.reduce_partials)
 
     def placements(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What must be copied before each forward pass of the model: pairs for `ops.place_adapters`."""

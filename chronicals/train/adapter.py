@@ -25,7 +25,7 @@ class Adapter:
 
     def __str__(self) -> str:
         lora = self.lora
-        kind = "rsLoRA" if lora.rslora else "LoRA"
+        kind = ("rs" if lora.rslora else "") + ("DoRA" if lora.dora else "LoRA")
         targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
         others = ", others by pattern" if lora.rank_pattern or lora.alpha_pattern else ""
         return f"{kind} of rank {lora.r}, scaled by {lora.scaling():g}{others}: {targets}"
@@ -57,10 +57,21 @@ def lora_of(config: TrainConfig, model: ModelConfig) -> LoRA | None:
         layers_to_transform=_tuple(config.peft_layers_to_transform) or None,
         layers_pattern=_tuple(config.peft_layers_pattern),
         exclude_modules=_names(config.lora_exclude_modules),
+        dropout=config.lora_dropout or 0.0,
+        dora=bool(config.peft_use_dora),
         init=config.peft_init_lora_weights or "kaiming",
+        bias=config.lora_bias or "none",
+        modules_to_save=tuple(config.lora_modules_to_save or ()),
+        ensure_weight_tying=bool(config.peft_ensure_weight_tying),
     )
     check_lora(lora, model)
     return lora
+
+
+def trains_new_tokens(lora: LoRA, model: ModelConfig) -> bool:
+    """Whether rows that are added to embedding and head are trained, so that the adapter's file holds them."""
+    embedding, head = lora.saves("model.embed_tokens"), lora.saves("lm_head")
+    return (embedding or head) if model.tie_word_embeddings and lora.ensure_weight_tying else embedding and head
 
 
 def _targets(config: TrainConfig, model: ModelConfig) -> Names:

@@ -37,7 +37,7 @@ from chronicals.adapters.peft_files import save_adapter
 from chronicals.data.tokenizer import ChatTokenizer
 from chronicals.errors import UserError
 from chronicals.models.decoder import Decoder
-from chronicals.models.hf import fsync, hf_views, save_model
+from chronicals.models.hf import fsync, hf_views, save_model, trained_views
 from chronicals.train.adapter import Adapter
 from chronicals.train.digest import hex_digests
 from chronicals.train.loss_scale import LossScale
@@ -133,7 +133,7 @@ def write_model(folder: Path, parts: Parts) -> dict[str, str]:
     tensors = _saved(parts.model)
     digests = _write_weights(folder, parts, tensors)
     _write_tokenizer(folder, parts)
-    frozen = {name: view for name, view in _weights(parts.model).items() if name not in tensors}
+    frozen = _frozen(parts.model)
     return digests | dict(zip(frozen, hex_digests(list(frozen.values())), strict=True)) if frozen else digests
 
 
@@ -242,14 +242,14 @@ def restore(
         if not same(name, tensor):
             raise UserError(f"the checkpoint is damaged: {name} is not what was saved", DAMAGED_MEND, file=folder)
 
-    saved_names = _saved(model)
-    for name, weight in _weights(model).items():
-        if name not in saved_names and not same(name, weight):
+    for name, weight in _frozen(model).items():
+        if not same(name, weight):
             raise UserError(
                 f"base_model has other weights than the adapter was trained beside: {name} differs",
                 "put the base model back, or use another output_dir",
                 file=folder,
             )
+    for name, weight in _saved(model).items():
         compare(name, weight)
     waiting = dict(_optimizer_views(optimizer, loss_scale))
     for name, saved in _read(sorted(folder.glob("optimizer*.safetensors"))):
@@ -283,6 +283,13 @@ def _weights(model: Decoder) -> dict[str, Tensor]:
 def _saved(model: Decoder) -> dict[str, Tensor]:
     """The weights that are saved: an adapter's where there is one, as the others lie in the base model, unchanged."""
     return adapter_tensors(model) or _weights(model)
+
+
+def _frozen(model: Decoder) -> dict[str, Tensor]:
+    """The weights beside an adapter that it does not hold, by Hugging Face name; none without an adapter."""
+    trained = trained_views(model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    frozen = {name: weight for name, weight in _weights(model).items() if name not in trained}
+    return frozen if adapter_tensors(model) else {}
 
 
 def _optimizer_views(optimizer: OptimizerState, loss_scale: LossScale) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,8 @@ a perplexity.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,16 @@ class Evaluation:
     tokens: int  # supervised tokens
 
 
+@contextmanager
+def evaluating(model: Decoder) -> Iterator[None]:
+    """Without dropout."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
 @torch.no_grad()
 def evaluate(
     model: Decoder, loader: Loader, loss_fn: LossFn, *, stop: Callable[[], bool] = lambda: False
@@ -30,12 +41,13 @@ def evaluate(
     device = model.head_weight.device
     one = torch.ones(1, device=device)  # instead of grad_scale: the sum, not the mean
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    for window in loader.windows(0, loader.steps_per_epoch):
-        if stop():
-            return None
-        for batch in window:
-            tokens += batch.num_targets
-            batch = to_device(batch, device)
-            hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.token_order)
-            total += loss_fn(hidden, model.head_weight, batch.target_rows, batch.targets, one)
+    with evaluating(model):
+        for window in loader.windows(0, loader.steps_per_epoch):
+            if stop():
+                return None
+            for batch in window:
+                tokens += batch.num_targets
+                batch = to_device(batch, device)
+                hidden = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.token_order)
+                total += loss_fn(hidden, model.head_weight, batch.target_rows, batch.targets, one)
     return Evaluation(float(total) / tokens, tokens)

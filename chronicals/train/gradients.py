@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from chronicals.kernels.grad_sink import InPlace, Reduce, Stack
 from chronicals.models.decoder import Decoder
-from chronicals.models.hf import hf_views
+from chronicals.models.hf import trained_views
 from chronicals.optim.grad_norm import grad_norm_for
 
 _ALIGNMENT = 256  # bytes: where each buffer begins, as torch's allocator does it
@@ -47,7 +47,7 @@ class Gradients:
             name: flat[start : start + parameter.numel()].view(parameter.shape)
             for (name, parameter), start in zip(parameters.items(), places, strict=False)
         }
-        self.views = dict(hf_views(model, self.buffers))
+        self.views = trained_views(model, self.buffers)
         self._norms = grad_norm_for(list(self.views.values()))
         self._parameters = dict(parameters)
         buffers: dict[Tensor, Tensor] = {parameter: self.buffers[name] for name, parameter in parameters.items()}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from chronicals import hub
-from chronicals.adapters.lora import adapter_tensors, learning_rates
+from chronicals.adapters.lora import learning_rates, names_of
 from chronicals.config import TrainConfig
 from chronicals.data.documents import Prepared
 from chronicals.data.loader import Loader
@@ -28,12 +28,12 @@ from chronicals.data.tokenizer import ChatTokenizer
 from chronicals.errors import UserError
 from chronicals.kernels.ops import Ops
 from chronicals.models.decoder import Decoder
-from chronicals.models.hf import hf_views, load_config, load_model
+from chronicals.models.hf import load_config, load_model, trained_views
 from chronicals.optim.adamw import AdamW
 from chronicals.optim.formats import format_of
 from chronicals.optim.groups import decay_names
 from chronicals.optim.schedules import Schedule
-from chronicals.train.adapter import Adapter, add_adapter, lora_of, quantization_of
+from chronicals.train.adapter import Adapter, add_adapter, lora_of, quantization_of, trains_new_tokens
 from chronicals.train.checkpoint import STATE_FILE, Checkpoints, Parts, checkpoint_bytes, read_checkpoint, restore
 from chronicals.train.display import gib
 from chronicals.train.environment import environment
@@ -210,6 +210,7 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
         loss_fn=partial(loss, label_smoothing=config.label_smoothing_factor, z_loss=config.z_loss, sink=model.sink),
         max_grad_norm=config.max_grad_norm,
         loss_scale=loss_scale,
+        micro_batches=config.gradient_accumulation_steps,
     )
     return Run(
         config=config,
@@ -298,11 +299,13 @@ def _model(config: TrainConfig, start: Start, chat: ChatTokenizer, ops: Ops) -> 
             revision=config.revision_of_model,
             quantization=quantization_of(config, load_config(_base_folder(config))),
         )
-    if config.adapter and chat.vocab_size > model.config.vocab_size:
+    lora = lora_of(config, model.config)
+    if lora is not None and chat.vocab_size > model.config.vocab_size and not trains_new_tokens(lora, model.config):
+        names = "[embed_tokens]" if model.config.tie_word_embeddings else "[embed_tokens, lm_head]"
         raise UserError(
             f"the tokenizer has {chat.vocab_size - model.config.vocab_size} tokens more than the model, and an adapter "
-            "does not train embeddings yet",
-            "use tokens that the model has (tokens, special_tokens, chat_template), or remove adapter",
+            "without embeddings does not train them",
+            f"set `lora_modules_to_save: {names}`, or use tokens that the model has (tokens, special_tokens)",
         )
     model.resize_token_embeddings(max(model.config.vocab_size, chat.vocab_size))  # only where tokens were added
     return model
@@ -313,7 +316,7 @@ def _trainable(model: Decoder) -> dict[str, nn.Parameter]:
 
 
 def _optimizer(config: TrainConfig, dtype: torch.dtype, model: Decoder) -> AdamW:
-    trained = dict(hf_views(model, {name: parameter.detach() for name, parameter in _trainable(model).items()}))
+    trained = trained_views(model, {name: parameter.detach() for name, parameter in _trainable(model).items()})
     form = format_of(config.optimizer, dtype)
     return AdamW(
         trained,
@@ -324,12 +327,16 @@ def _optimizer(config: TrainConfig, dtype: torch.dtype, model: Decoder) -> AdamW
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         decay_names=decay_names(trained),
-        rates=learning_rates(model, config.loraplus_lr_ratio or 1.0),
+        rates=learning_rates(
+            model,
+            ratio=config.loraplus_lr_ratio or 1.0,
+            embedding=(config.loraplus_lr_embedding or config.learning_rate) / config.learning_rate,
+        ),
     )
 
 
 def _guard(config: TrainConfig, dtype: torch.dtype, model: Decoder, optimizer: AdamW, step: int) -> Guard:
-    names = {name: [theirs for theirs, _ in hf_views(model, {name: p})] for name, p in _trainable(model).items()}
+    names = {name: list(trained_views(model, {name: p})) for name, p in _trainable(model).items()}
 
     def watched() -> dict[str, Tensor]:
         return optimizer.parameters | optimizer.state()["master"]
@@ -340,7 +347,7 @@ def _guard(config: TrainConfig, dtype: torch.dtype, model: Decoder, optimizer: A
         min_lr=config.learning_rate / 10,
         step=step,
         half=dtype == torch.float16,
-        late=adapter_tensors(model, ("lora_A",)),  # B is zero before it
+        late=names_of(model, "lora_A"),  # B is zero before it
     )
 
 

@@ -20,14 +20,15 @@ from chronicals.train.evaluate import Evaluation
 # Keys that may change on resume without making another run of it, though the curve changes: told, not refused.
 TOLD = """
     learning_rate lr_scheduler warmup_steps warmup_ratio cosine_min_lr_ratio lr_decay_ratio num_epochs max_steps
-    loraplus_lr_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor z_loss
-    micro_batch_size
+    loraplus_lr_ratio loraplus_lr_embedding weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    label_smoothing_factor z_loss micro_batch_size
     """.split()
 
 # Keys that say what an adapter is.
 ADAPTER = """
     load_in_4bit lora_r lora_alpha lora_target_modules lora_target_linear lora_exclude_modules peft_layers_to_transform
     peft_layers_pattern lora_rank_pattern lora_alpha_pattern peft_init_lora_weights peft_use_rslora
+    peft_use_dora lora_dropout lora_bias lora_modules_to_save peft_ensure_weight_tying
     """.split()
 
 DAMAGED_MEND = "resume from an older checkpoint: remove this folder, or give that one's path as resume_from_checkpoint"

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from chronicals.adapters.lora import dropout_counter
 from chronicals.data.batch import PackedBatch
 from chronicals.models.decoder import Decoder
 from chronicals.train.gradients import Gradients
@@ -48,7 +49,7 @@ class StepOutput:
 
 
 class Step:
-    """Trains one window (the micro-batches of one optimizer step) at a call."""
+    """Trains one window (the micro-batches of one optimizer step, at most `micro_batches`) at a call."""
 
     def __init__(
         self,
@@ -60,18 +61,21 @@ class Step:
         loss_fn: LossFn,
         max_grad_norm: float,
         loss_scale: LossScale = UNSCALED,
+        micro_batches: int = 1,
     ) -> None:
         self.model, self.gradients, self.optimizer, self.guard = model, gradients, optimizer, guard
         self.loss_fn, self.max_grad_norm, self.loss_scale = loss_fn, max_grad_norm, loss_scale
         self.device = model.head_weight.device
         self.lr, self.loss, self.grad_norm = (torch.zeros((), device=self.device) for _ in range(3))
+        self.micro_batches, self.micro_batch = micro_batches, dropout_counter(model)
         self._checked = False
 
     def __call__(self, step: int, window: Sequence[PackedBatch], lr: float) -> StepOutput:
         """`step` counts from 1, `lr` is its learning rate. Raises GuardError, see guard.py."""
         self.lr.fill_(lr)
         self.loss.zero_()
-        for batch in window:
+        for number, batch in enumerate(window):
+            self.micro_batch.fill_((step - 1) * self.micro_batches + number)
             self.run_micro(batch)
         if not self._checked:
             self.guard.check_gradients_exist(step, self.gradients.missing())

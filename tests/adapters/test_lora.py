@@ -10,23 +10,27 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from chronicals.adapters.lora import (
     LoRA,
     adapter_tensors,
+    adapter_views,
     add_lora,
     all_linear,
     check_targets,
+    dropout_counter,
     learning_rates,
+    linear_modules,
 )
 from chronicals.adapters.peft_files import load_adapter, save_adapter
-from chronicals.adapters.unfused import LoRAProjection
+from chronicals.adapters.unfused import Dropout, LoRAProjection
 from chronicals.errors import UserError
 from chronicals.models.decoder import Decoder
-from chronicals.models.hf import hf_views, load_model
+from chronicals.models.hf import load_model, trained_views
 from chronicals.models.layer import Recompute
 from tests.kernels.numerics import relative_error
 from tests.models.test_parity import logits_and_loss, reference_logits_and_loss
@@ -49,6 +53,15 @@ VARIANTS = {
     ),
     "layers": LoRA(2, 4, ALL, layers_to_transform=(0, 2), layers_pattern=("h", "layers")),
     "excluded": LoRA(2, 4, ALL, layers_to_transform=(1,), exclude_modules=("mlp.up_proj", "layers.1.self_attn.k_proj")),
+    "dora": LoRA(4, 8, ALL, dora=True),
+    "dora on q and v": LoRA(3, 6, ("q_proj", "v_proj", "down_proj"), dora=True, rslora=True),
+    "lora_only": LoRA(2, 4, ("q_proj", "v_proj", "up_proj"), bias="lora_only"),
+    "all biases": LoRA(2, 4, ("q_proj", "o_proj"), bias="all"),
+    "embeddings": LoRA(2, 4, ("q_proj", "down_proj"), modules_to_save=("embed_tokens", "lm_head")),
+    "tied": LoRA(2, 4, ("q_proj",), modules_to_save=("embed_tokens",), ensure_weight_tying=True),
+    "head alone": LoRA(2, 4, ("q_proj",), modules_to_save=("lm_head",)),
+    "norms": LoRA(2, 4, ("v_proj",), modules_to_save=("norm", "q_norm", "k_norm")),
+    "whole modules": LoRA(2, 4, ("v_proj", "o_proj"), modules_to_save=("k_proj", "mlp")),
     "one layer": LoRA(2, 4, ("layers.1.self_attn.k_proj", "layers.2.mlp.gate_proj")),
 }
 FAMILIES = ("llama-linear-rope-biases", "qwen2-tied", "qwen3")
@@ -74,22 +87,42 @@ def theirs_of(name: str, lora: LoRA, folder: Path, **options: Any) -> nn.Module:
         layers_to_transform=lora.layers_to_transform and list(lora.layers_to_transform),
         layers_pattern=list(lora.layers_pattern) or None,
         exclude_modules=list(lora.exclude_modules) or None,
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+        bias=lora.bias,
+        modules_to_save=list(lora.modules_to_save) or None,
+        ensure_weight_tying=lora.ensure_weight_tying,
         task_type="CAUSAL_LM",
         **options,
     )
     model = peft.get_peft_model(reference(name), config)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.normal_(0.0, 0.1, generator=generator)
+                drawn = torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator)
+                parameter.copy_(drawn if "lora_A" in key or "lora_B" in key else parameter * (1 + drawn))
     model.save_pretrained(folder)
     return model
 
 
 def in_order(lora: LoRA) -> LoRA:
-    """PEFT keeps names as sets."""
-    return replace(lora, targets=tuple(sorted(lora.targets)), exclude_modules=tuple(sorted(lora.exclude_modules)))
+    """PEFT keeps names as sets, and names a tied embedding twice."""
+    return replace(
+        lora,
+        targets=tuple(sorted(lora.targets)),
+        exclude_modules=tuple(sorted(lora.exclude_modules)),
+        modules_to_save=tuple(sorted({name.removeprefix("model.") for name in lora.modules_to_save})),
+    )
+
+
+def plain(name: str) -> str:
+    """PEFT's name of a parameter -> its name in the file."""
+    return (
+        name.replace("modules_to_save.default.", "")
+        .replace(".default.weight", ".weight")
+        .replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+    )
 
 
 def assert_equal_to_theirs(ours: Decoder, theirs: nn.Module) -> None:
@@ -104,8 +137,8 @@ def assert_equal_to_theirs(ours: Decoder, theirs: nn.Module) -> None:
     expected_loss.backward()
     trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     assert all(p.grad is None for name, p in ours.named_parameters() if name not in trained)
-    grads = dict(hf_views(ours, {name: p.grad for name, p in trained.items()}))
-    expected = {name.replace(".default.", "."): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    grads = adapter_views(ours, {name: p.grad for name, p in trained.items()})
+    expected = {plain(name): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
     assert grads.keys() == expected.keys()
     for name, grad in expected.items():
         assert grad.norm() > 0, name
@@ -141,9 +174,10 @@ def test_peft_loads_what_we_save(base: tuple[str, Path], variant: str, tmp_path:
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder)
     theirs = peft.PeftModel.from_pretrained(reference(name), tmp_path)
-    loaded = {key.replace(".default.", "."): tensor for key, tensor in theirs.state_dict().items() if "lora_" in key}
+    loaded = {plain(key): tensor for key, tensor in theirs.state_dict().items() if "original_module" not in key}
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert loaded.keys() == saved.keys()
+    assert loaded.keys() >= saved.keys()
+    assert {key for key in loaded if "lora_" in key} == {key for key in saved if "lora_" in key}
     assert all(torch.equal(loaded[key], saved[key]) for key in saved)
     with torch.no_grad():
         logits, expected = (
@@ -155,21 +189,33 @@ def test_peft_loads_what_we_save(base: tuple[str, Path], variant: str, tmp_path:
     assert relative_error(logits, without) > 1000 * TOLERANCE
 
 
-def test_an_adapter_begins_as_pefts_does(base: tuple[str, Path]) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_an_adapter_begins_as_pefts_does(base: tuple[str, Path], init: str, dora: bool) -> None:
     name, folder = base
+    lora = replace(VARIANTS["all"], init=init, dora=dora)
     plain, ours = load_model(folder), load_model(folder)
-    add_lora(ours, VARIANTS["all"], seed=3)
-    assert torch.equal(logits_and_loss(plain, documents())[0], logits_and_loss(ours, documents())[0])
-    theirs = peft.get_peft_model(reference(name), peft.LoraConfig(r=4, target_modules=list(ALL)))
+    add_lora(ours, lora, seed=3)
+    logits, expected = logits_and_loss(plain, documents())[0], logits_and_loss(ours, documents())[0]
+    assert relative_error(logits, expected) < TOLERANCE if dora else torch.equal(logits, expected)
+    options = {"init_lora_weights": init if init == "gaussian" else True, "use_dora": dora}
+    theirs = peft.get_peft_model(reference(name), peft.LoraConfig(r=4, target_modules=list(ALL), **options))
+    tensors = adapter_tensors(ours)
     for key, module in theirs.named_modules():
         if isinstance(module, LoraLayer):
             expected = module.lora_A["default"].weight
-            a = adapter_tensors(ours)[f"{key}.lora_A.weight"]
-            bound = expected.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5))
-            assert expected.abs().max() <= bound and 0.8 * bound < a.abs().max() <= bound
-            assert adapter_tensors(ours)[f"{key}.lora_B.weight"].count_nonzero() == 0
+            a = tensors[f"{key}.lora_A.weight"]
+            if init == "kaiming":
+                bound = expected.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5))
+                assert expected.abs().max() <= bound and 0.8 * bound < a.abs().max() <= bound
+            else:
+                assert 0.7 < a.std() / expected.std() < 1.4 and 0.2 < a.std() < 0.3
+            assert tensors[f"{key}.lora_B.weight"].count_nonzero() == 0
+            if dora:
+                magnitude = module.lora_magnitude_vector["default"].weight
+                assert relative_error(tensors[f"{key}.lora_magnitude_vector"], magnitude) < TOLERANCE
     again = load_model(folder)
-    add_lora(again, VARIANTS["all"], seed=3)
+    add_lora(again, lora, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
 
 
@@ -182,11 +228,82 @@ def test_absent_targets_have_no_tensors(base: tuple[str, Path]) -> None:
     assert all_linear(ours.config) == ALL
 
 
-def test_the_rates_of_lora_plus_are_those_of_every_b(base: tuple[str, Path]) -> None:
+def test_rates_are_those_of_what_a_tensor_is(base: tuple[str, Path]) -> None:
+    """As PEFT's `create_loraplus_optimizer` groups them; an embedding that is trained whole has a rate of its own."""
+    name, folder = base
+    lora = LoRA(2, 4, ("q_proj", "v_proj"), bias="all", dora=True, modules_to_save=("embed_tokens", "norm"))
+    ours = load_model(folder)
+    add_lora(ours, lora)
+    trained = trained_views(ours, {key: p for key, p in ours.named_parameters() if p.requires_grad})
+    rates = learning_rates(ours, ratio=16.0, embedding=0.5)
+    assert rates.pop("model.embed_tokens.weight") == 0.5 and set(rates.values()) == {16.0}
+    theirs = theirs_of(name, lora, folder / "peft")
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=16.0)
+    names = {parameter: key for key, parameter in theirs.named_parameters()}
+    fast = {names[p] for group in optimizer.param_groups if group["lr"] == 16.0 for p in group["params"]}
+    prefix = "base_model.model."
+    ours_fast = {key if key.startswith(prefix) else prefix + key for key in rates}
+    assert ours_fast == {plain(key).replace("base_layer.", "") for key in fast}
+    assert len(trained) == len([p for p in theirs.parameters() if p.requires_grad])
+
+
+class OurMask(nn.Module):
+    """In place of PEFT's dropout: our mask of one adapter, for documents that come one behind the other."""
+
+    def __init__(self, dropout: Dropout, stream: int) -> None:
+        super().__init__()
+        self.dropout, self.stream, self.start, self.tokens = dropout, stream, 0, sum(map(len, documents()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ones = self.dropout(torch.ones(self.tokens, x.shape[-1]), self.stream)
+        stop = self.start + x.shape[1]
+        mask, self.start = ones[self.start : stop], stop % self.tokens
+        return x * mask
+
+
+@pytest.mark.parametrize("policy", ["light", "full"])
+@pytest.mark.parametrize("variant", ["all", "q and v", "dora", "dora on q and v", "lora_only", "patterns"])
+def test_dropout(base: tuple[str, Path], variant: str, policy: Recompute, tmp_path: Path) -> None:
+    name, folder = base
+    lora = replace(VARIANTS[variant], dropout=0.3)
+    theirs, ours = theirs_of(name, lora, tmp_path), load_model(folder)
+    load_adapter(ours, tmp_path)
+    ours.set_recompute(policy)
+    ours.train()
+    dropout_counter(ours).fill_(5)
+    dropout = next(module for module in ours.modules() if isinstance(module, Dropout))
+    streams = {f"base_model.model.{key}": number for number, key in enumerate(linear_modules(ours.config))}
+    for key, module in theirs.named_modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = OurMask(dropout, streams[key])
+    theirs.train()
+    assert_equal_to_theirs(ours, theirs)
+
+
+def test_masks_are_of_their_own(base: tuple[str, Path]) -> None:
+    """Every adapter has a mask of its own, every micro-batch a new one, and evaluation none."""
     ours = load_model(base[1])
-    add_lora(ours, VARIANTS["q and v"])
-    names = {name for name in adapter_tensors(ours) if ".lora_B." in name}
-    assert learning_rates(ours, 16.0) == dict.fromkeys(names, 16.0) and len(names) == 6
+    add_lora(ours, LoRA(2, 4, ALL, dropout=0.25), seed=7)
+    dropout = next(module for module in ours.modules() if isinstance(module, Dropout))
+    ones = torch.ones(64, 32)
+    masks = [dropout(ones, stream) for stream in range(3)]
+    dropout_counter(ours).add_(1)
+    masks += [dropout(ones, stream) for stream in range(3)]
+    for i, mask in enumerate(masks):
+        assert mask.unique().tolist() == pytest.approx([0, 4 / 3])
+        assert mask.count_nonzero().item() / mask.numel() == pytest.approx(0.75, abs=0.04)
+        assert all(not torch.equal(mask, other) for other in masks[:i])
+    numbers = [target.stream for m in ours.modules() if isinstance(m, LoRAProjection) for target in m.targets.values()]
+    assert sorted(numbers) == list(range(len(linear_modules(ours.config))))
+    with torch.no_grad():
+        for tensor in adapter_tensors(ours).values():
+            tensor.normal_(0.0, 0.1)
+        trained = [logits_and_loss(ours, documents())[0] for _ in range(2)]
+        dropout_counter(ours).add_(1)
+        other = logits_and_loss(ours, documents())[0]
+        ours.eval()
+        evaluated = logits_and_loss(ours, documents())[0]
+    assert torch.equal(*trained) and not torch.equal(trained[0], other) and not torch.equal(trained[0], evaluated)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +325,10 @@ def test_a_target_that_names_no_module(base: tuple[str, Path], targets: list[str
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("use_dora", True, "use_dora: True is not supported yet; give an adapter without it"),
-        ("bias", "all", "bias: 'all' is not supported yet"),
-        ("modules_to_save", ["lm_head"], "modules_to_save: ['lm_head'] is not supported yet"),
+        ("use_dora", True, "q_proj.lora_magnitude_vector is missing"),
+        ("bias", "some", "bias: 'some' is not supported; it is none, all or lora_only"),
+        ("modules_to_save", ["lm_head"], "lm_head.weight is missing"),
+        ("layer_replication", [[0, 2]], "layer_replication: [[0, 2]] is not supported yet; give an adapter without it"),
         ("rank_pattern", {"q_proj": 2}, "q_proj.lora_A.weight has shape (3, 32), (2, 32) is wanted"),
         ("kasa_config", {}, "kasa_config: {} is not supported yet"),
         ("init_lora_weights", "olora", "init_lora_weights: 'olora' belongs to a base model with other weights"),
