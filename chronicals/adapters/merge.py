@@ -3,6 +3,9 @@
     W' = W + s B A                                  LoRA
     W' = (m / |W + s B A|) (W + s B A)              DoRA (Liu et al. 2024), the norm of each row
 
+Biases and modules that were trained whole take the place of the base's. Where a tied embedding or head was trained
+apart from the other, the merged model is not tied.
+
 The base checkpoint is streamed through: what no adapter touches is copied bit by bit, what one does is computed in
 float32 and rounded once. Hugging Face names are all it takes, no decoder. That the result computes what base and
 adapter compute is for `commands/merge.py` to see.
@@ -28,6 +31,9 @@ from chronicals.models.hf import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, checkpoin
 from chronicals.models.shards import FLOATS, write_tensors
 
 _PREFIX = "base_model.model."
+_KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
+_WHOLE = "whole"  # the kind of a tensor that takes the base's place
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
@@ -77,17 +83,25 @@ def merge_weights(
     adapters = _by_weight(load_file(adapter / WEIGHTS_FILE))
     stored = checkpoint_tensors(base)
     if config.get("tie_word_embeddings"):
-        stored.pop("lm_head.weight", None)
+        if not lora.ensure_weight_tying and adapters.keys() & {_EMBEDDING, _HEAD}:
+            stored.setdefault(_HEAD, stored[_EMBEDDING])
+            config["tie_word_embeddings"] = False
+        else:
+            stored.pop(_HEAD, None)
+            adapters.pop(_HEAD, None)  # the embedding once more
     assert adapters.keys() <= stored.keys(), "load_adapter accepts no others"
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    shapes |= {name: tuple(parts[_WHOLE].shape) for name, parts in adapters.items() if _WHOLE in parts}
+    config["vocab_size"] = shapes[_EMBEDDING][0]
     in_order = sorted(stored, key=lambda name: (stored[name].file, stored[name].start))
     dtypes = {name: dtype or FLOATS[stored[name].dtype] for name in stored}
     for file, group in itertools.groupby(in_order, key=lambda name: stored[name].file):
-        told = {name: (dtypes[name], stored[name].shape) for name in group}
+        told = {name: (dtypes[name], shapes[name]) for name in group}
         tensors = _merged_tensors(file, told, adapters, lora, check)
         write_tensors(out / file.name, told, tensors)
         fsync(out / file.name)
     if not (base / SINGLE_FILE).is_file():
-        size = sum(torch.Size(stored[name].shape).numel() * dtypes[name].itemsize for name in stored)
+        size = sum(torch.Size(shapes[name]).numel() * dtypes[name].itemsize for name in stored)
         weight_map = {name: stored[name].file.name for name in sorted(stored)}
         _write_json(out / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
@@ -98,11 +112,15 @@ def merge_weights(
 
 
 def _by_weight(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """PEFT's names -> Hugging Face name of the weight -> its tensors, by kind."""
+    """PEFT's names -> Hugging Face name of the base's tensor -> what belongs to it, by kind."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        module, _, kind = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        found.setdefault(f"{module}.weight", {})[kind] = tensor
+        name = name.removeprefix(_PREFIX)
+        module, _, kind = name.removesuffix(".weight").rpartition(".")
+        if kind in _KINDS:
+            found.setdefault(f"{module}.weight", {})[kind] = tensor
+        else:
+            found[name.replace(".base_layer.", ".")] = {_WHOLE: tensor}
     return found
 
 
@@ -116,12 +134,15 @@ def _merged_tensors(
     """These tensors of one of the base's files, merged and rounded."""
     with safe_open(file, framework="pt") as stored:
         for name, (dtype, _) in told.items():
-            weight = stored.get_tensor(name)
+            weight = stored.get_tensor(_EMBEDDING if name == _HEAD and name not in stored.keys() else name)  # noqa: SIM118
             check(name, weight)
-            if name in adapters:
-                parts, scaling = adapters[name], lora.scaling(name.removesuffix(".weight"))
-                weight = merged(weight, parts["lora_A"], parts["lora_B"], scaling)
-            yield weight.to(dtype)
+            parts = adapters.get(name, {_WHOLE: weight})
+            if _WHOLE in parts:
+                yield parts[_WHOLE].to(dtype)
+            else:
+                a, b, magnitude = (parts.get(kind) for kind in _KINDS)
+                assert a is not None and b is not None, "load_adapter has seen both"
+                yield merged(weight, a, b, lora.scaling(name.removesuffix(".weight")), magnitude).to(dtype)
 
 
 def _write_json(file: Path, content: object) -> None:

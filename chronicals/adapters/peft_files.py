@@ -6,12 +6,13 @@ What PEFT can say and we do not compute is refused by its name. Left out: adapte
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from chronicals.adapters.lora import LoRA, Names, adapter_tensors, add_lora, all_linear, check_targets
 from chronicals.errors import UserError
@@ -20,6 +21,7 @@ from chronicals.models.decoder import Decoder
 from chronicals.models.hf import fsync
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_VOCABULARY = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
 # keys of adapter_config.json that change what is computed -> what they hold where they do not
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (None, False),
@@ -145,27 +147,37 @@ def _listed(value: tuple[Any, ...] | str) -> list[Any] | str:
 
 
 def load_adapter(model: Decoder, folder: Path) -> LoRA:
-    """Adds the adapter in `folder` to `model`, whose other weights are frozen. The model is in evaluation mode then,
-    without dropout.
+    """Adds the adapter in `folder` to `model`, whose other weights are frozen, and whose vocabulary grows where the
+    adapter has rows for more tokens. The model is in evaluation mode then, without dropout.
 
     Raises UserError where its files are missing or damaged, do not fit the model, or ask for what is not computed here.
     """
     lora = read_lora(folder, model.config)
+    stored = _load(folder)
+    rows = [len(stored[name]) for name in _VOCABULARY if name in stored]
+    model.resize_token_embeddings(max(rows, default=model.config.vocab_size))
     add_lora(model, lora)
-    fill_adapter(model, folder)
+    _fill(model, stored, folder / WEIGHTS_FILE)
     model.eval()
     return lora
 
 
 def fill_adapter(model: Decoder, folder: Path) -> None:
     """Copies the tensors of `adapter_model.safetensors` into adapters of the same names and shapes."""
+    _fill(model, _load(folder), folder / WEIGHTS_FILE)
+
+
+def _load(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise UserError(f"there is no {WEIGHTS_FILE}", "save the adapter as safetensors", file=file)
     try:
-        stored = load_file(file)
+        return load_file(file)
     except SafetensorError as error:
         raise UserError(f"the file is damaged: {error}", "get it again", file=file) from error
+
+
+def _fill(model: Decoder, stored: Mapping[str, Tensor], file: Path) -> None:
     wanted = adapter_tensors(model)
     _check_names(file, stored.keys(), wanted.keys())
     for name, target in wanted.items():

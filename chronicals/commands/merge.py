@@ -118,9 +118,10 @@ def merge(
     _check_free(out)
     base_folder = _base_folder(folder, base)
     model = load_model(base_folder, device=where)
-    before = _run(model)
+    vocab_size = model.config.vocab_size  # the adapter may have rows for more tokens
+    before = _run(model, vocab_size)
     lora = load_adapter(model, folder)
-    unmerged = _run(model)
+    unmerged = _run(model, vocab_size)
     del model
     needed = sum(file.stat().st_size for file in base_folder.glob("model*.safetensors"))
     with _aside(out, needed * (2 if dtype == "float32" else 1)) as aside:
@@ -133,7 +134,7 @@ def merge(
             check=_same_base(folder, base_folder),
         )
         _copy_beside(folder, base_folder, aside)
-        merged = _run(load_model(aside, device=where))
+        merged = _run(load_model(aside, device=where), vocab_size)
         report = _compare(out, dtypes, before, unmerged, merged)
         if report.passed:
             if out.exists():
@@ -254,13 +255,13 @@ def _copy_beside(adapter: Path, base: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def _run(model: Decoder) -> _Outcome:
-    """The fixed documents through a model, packed."""
+def _run(model: Decoder, vocab_size: int) -> _Outcome:
+    """The fixed documents through a model, packed; of the vocabulary its first `vocab_size` tokens."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     device = model.head_weight.device
-    tokens = torch.randint(model.config.vocab_size, (sum(LENGTHS),), generator=generator).to(device)
+    tokens = torch.randint(vocab_size, (sum(LENGTHS),), generator=generator).to(device)
     positions = torch.cat([torch.arange(n) for n in LENGTHS]).to(device)
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device)
     streams: list[Tensor] = []
@@ -268,7 +269,7 @@ def _run(model: Decoder) -> _Outcome:
         layer.register_forward_hook(lambda _, inputs, pair: streams.append(pair[0] + pair[1])) for layer in model.layers
     ]
     with torch.no_grad():
-        logits = model(tokens, positions, bounds, max(LENGTHS)) @ model.head_weight.t()
+        logits = model(tokens, positions, bounds, max(LENGTHS)) @ model.head_weight[:vocab_size].t()
     for hook in hooks:
         hook.remove()
     return _Outcome(logits, streams)
