@@ -235,6 +235,10 @@ def _freeze(model: Decoder, lora: LoRA) -> None:
         trained = {part for part in parts if lora.trains(part)}
         if tied and parameter is model.embed_tokens.weight:
             trained = parts
+        if trained and not parameter.is_floating_point():
+            raise UserError(
+                f"lora_modules_to_save: {min(trained)} is in 4 bits, which cannot be trained", "leave its module out"
+            )
         if trained:
             parameter.requires_grad_(True)
             frozen |= parts - trained
