@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -43,17 +44,17 @@ def base(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def theirs_of(base: Path, targets: list[str] | None, folder: Path) -> nn.Module:
-    """PEFT's model on bitsandbytes' layers with random A and B, saved in `folder`."""
+def theirs_of(base: Path, targets: list[str] | None, folder: Path, **options: Any) -> nn.Module:
+    """PEFT's model on bitsandbytes' layers with random A, B and biases, saved in `folder`."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     config = peft.LoraConfig(
-        r=3, lora_alpha=6, target_modules=targets or "all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
+        r=3, lora_alpha=6, target_modules=targets or "all-linear", task_type="CAUSAL_LM", **options
     )
     model = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name:
                 parameter.normal_(0.0, 0.1, generator=generator)
     model.save_pretrained(folder)
     return model
@@ -67,6 +68,17 @@ def test_logits_loss_and_every_gradient(base: Path, targets: str, joined: Collec
     fill_adapter(ours, tmp_path)
     kinds = {type(module) for module in ours.modules() if isinstance(module, JoinedLoRA)}
     assert kinds == ({JoinedNF4LoRA} if joined else set())
+    assert_equal_to_theirs(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}],
+    ids=str,
+)
+def test_what_else_peft_trains(base: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    theirs, ours = theirs_of(base, None, tmp_path, **options), load_model(base)
+    load_adapter(ours, tmp_path)
     assert_equal_to_theirs(ours, theirs)
 
 
