@@ -23,6 +23,7 @@ from chronicals.config_yaml import Source, override, read
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+PissaIterations = Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
@@ -201,8 +202,15 @@ class TrainConfig(_Strict):
     """Other ranks: `{o_proj: 32}`; keys are regular expressions that match the end of a name behind a dot."""
     lora_alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] | None = None
     """Other alphas, written like `lora_rank_pattern`."""
-    peft_init_lora_weights: Literal["kaiming", "gaussian"] | None = None
-    """How adapters begin: `true` or `kaiming` (A uniform, B zero; the default), `gaussian` (A normal, B zero)."""
+    peft_init_lora_weights: Literal["kaiming", "gaussian", "pissa"] | PissaIterations | None = None
+    """How adapters begin: `true` or `kaiming` (A uniform, B zero; the default), `gaussian` (A normal, B zero), `pissa`
+    or `pissa_niter_16` (the principal part of the weight)."""
+    lora_qkv_kernel: bool | None = None
+    """Adapters of q, k and v go into one matmul with their weight (default true with an adapter; false to compare)."""
+    lora_o_kernel: bool | None = None
+    """The same for o."""
+    lora_mlp_kernel: bool | None = None
+    """The same for gate, up and down."""
     peft_use_rslora: bool | None = None
     """Scale by `lora_alpha / sqrt(lora_r)` instead (rsLoRA)."""
     peft_use_dora: bool | None = None

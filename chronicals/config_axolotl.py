@@ -123,7 +123,7 @@ NOTES: dict[str, str] = {
     chunked_cross_entropy chunked_cross_entropy_num_chunks cut_cross_entropy dataloader_num_workers
     dataloader_pin_memory dataloader_prefetch_factor flash_attn_cross_entropy flash_attn_fuse_mlp flash_attn_rms_norm
     liger_cross_entropy liger_fused_linear_cross_entropy liger_glu_activation liger_kernel_config liger_layer_norm
-    liger_rms_norm liger_rope lora_mlp_kernel lora_o_kernel lora_qkv_kernel low_cpu_mem_usage torch_compile
+    liger_rms_norm liger_rope low_cpu_mem_usage torch_compile
     torch_compile_backend torch_compile_mode use_liger_kernel
     """.split(),
         _SPEED,

@@ -114,6 +114,8 @@ def fill_adapter(values: Mapping[str, Any], choose: Callable[[str, Any, str], No
         choose("lora_target_linear", True, "no lora_target_modules")
     choose("peft_use_rslora", False, "default of an adapter")
     choose("peft_use_dora", False, "default of an adapter")
+    for key in ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"):
+        choose(key, True, "default of an adapter")
     choose("learning_rate", 2e-4, "default of an adapter")
 
 
@@ -150,6 +152,12 @@ def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool
             config.adapter is not None and config.lora_target_linear is False and not config.lora_target_modules,
             "lora_target_linear is false and there are no lora_target_modules",
             "name the layers that get adapters in lora_target_modules",
+        ),
+        (
+            "peft_init_lora_weights",
+            str(config.peft_init_lora_weights).startswith("pissa") and bool(config.load_in_4bit),
+            f"peft_init_lora_weights: {config.peft_init_lora_weights} changes the weights, which are in 4 bits",
+            "set `peft_init_lora_weights: true`, or remove load_in_4bit",
         ),
         (
             "peft_layers_pattern",
@@ -198,6 +206,9 @@ def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool
                 "peft_use_dora",
                 "loraplus_lr_embedding",
                 "loraplus_lr_ratio",
+                "lora_qkv_kernel",
+                "lora_o_kernel",
+                "lora_mlp_kernel",
             )
         ),
     ]

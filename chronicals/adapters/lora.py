@@ -60,6 +60,26 @@ class LoRA:
     modules_to_save: tuple[str, ...] = ()  # ends of names of modules that are trained whole
     ensure_weight_tying: bool = False  # a tied embedding in modules_to_save stays tied; else each gets a copy
 
+    @property
+    def takes_out(self) -> bool:
+        """Whether what an adapter begins with is taken out of the weight."""
+        return self.init.startswith("pissa")
+
+    def as_saved(self) -> LoRA:
+        """The adapter of the unchanged weights that computes the same: s (B A - B0 A0), where s B0 A0 was taken out, is
+        of twice the rank, and of the same s."""
+        if not self.takes_out:
+            return self
+        factor = math.sqrt(2) if self.rslora else 2
+        return replace(
+            self,
+            r=2 * self.r,
+            alpha=factor * self.alpha,
+            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
+            init="kaiming",
+        )
+
     def rank(self, module: str) -> int:
         """r of the Hugging Face module of this name."""
         return next((r for key, r in self.rank_pattern.items() if _ends_in(key, module)), self.r)
@@ -178,7 +198,9 @@ def _check_saved(lora: LoRA, config: ModelConfig) -> None:
             )
 
 
-def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42, joined: Collection[str] = PROJECTIONS) -> None:
+def add_lora(
+    model: Decoder, lora: LoRA, *, seed: int = 42, joined: Collection[str] = PROJECTIONS, fresh: bool = True
+) -> None:
     """Freezes the model but for what `lora` trains of it, and adds adapters to its targets. They leave its output as it
     is until they are trained.
 
@@ -186,6 +208,7 @@ def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42, joined: Collection[s
         seed: of the adapters' first values, and of dropout.
         joined: our projections that take their adapters into their matmuls (joined.py) where that is possible: without
             dropout and DoRA. The others are as in unfused.py.
+        fresh: the adapters get their first values; else they are left for a file to fill.
 
     Raises:
         UserError: there is no target.
@@ -212,7 +235,8 @@ def add_lora(model: Decoder, lora: LoRA, *, seed: int = 42, joined: Collection[s
             one_matmul = leaf in joined and not (lora.dora or lora.dropout or module.weight.requires_grad)
             together = JoinedNF4LoRA if isinstance(module.store, NF4Store) else JoinedLoRA
             adapted = together(module, targets) if one_matmul else apart(module, targets, dropout)
-            initialise(adapted, lora.init, generator)
+            if fresh:
+                initialise(adapted, lora.init, generator)
             setattr(model.get_submodule(parent), leaf, adapted)
             model.projections_changed()
             found = True

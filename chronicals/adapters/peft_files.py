@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chronicals.adapters.lora import LoRA, Names, adapter_tensors, add_lora, all_linear, check_targets
+from chronicals.adapters.saved import saved_tensors, take_out
 from chronicals.errors import UserError
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
@@ -42,7 +43,9 @@ _CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_adapter(model: Decoder, lora: LoRA, folder: Path, *, base_model: str, revision: str | None = None) -> None:
-    """Writes both files into `folder`, which exists, and forces them to disk."""
+    """Writes both files into `folder`, which exists, and forces them to disk: for the base model as it is on disk, also
+    where something was taken out of its weights (saved.py)."""
+    lora = lora.as_saved()
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -66,9 +69,8 @@ def save_adapter(model: Decoder, lora: LoRA, folder: Path, *, base_model: str, r
         "init_lora_weights": True if lora.init == "kaiming" else lora.init,
         "inference_mode": True,
     }
-    tensors = {
-        name: tensor.to("cpu", copy=True) for name, tensor in adapter_tensors(model).items()
-    }  # none shares memory
+    # copies: none may share memory
+    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in saved_tensors(model).items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in (WEIGHTS_FILE, CONFIG_FILE):
@@ -162,9 +164,13 @@ def load_adapter(model: Decoder, folder: Path) -> LoRA:
     return lora
 
 
-def fill_adapter(model: Decoder, folder: Path) -> None:
-    """Copies the tensors of `adapter_model.safetensors` into adapters of the same names and shapes."""
-    _fill(model, _load(folder), folder / WEIGHTS_FILE)
+def fill_adapter(model: Decoder, folder: Path, *, taken_out: bool = False) -> None:
+    """Makes of a model with new adapters beside weights as they are on disk what it was when `save_adapter` wrote
+    `folder`. `taken_out`: something was taken out of the weights then."""
+    stored = _load(folder)
+    if taken_out:
+        take_out(model, stored)
+    _fill(model, stored, folder / WEIGHTS_FILE)
 
 
 def _load(folder: Path) -> dict[str, Tensor]:

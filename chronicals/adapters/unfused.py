@@ -78,12 +78,14 @@ class LoRAProjection(Projection):
     Attributes:
         lora_A: target -> (r, in).
         lora_B: target -> (out, r).
+        taken_out: target -> the A and B whose s B A is no longer in the weight, with which PiSSA's began.
     """
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         nn.Module.__init__(self)  # not Projection's, which would make a weight
         self.ops, self.weight, self.bias, self.store = base.ops, base.weight, base.bias, base.store
         self.targets, self.dropout = dict(targets), dropout
+        self.taken_out: dict[str, tuple[Tensor, Tensor]] = {}
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name, target in targets.items():
             self.lora_A[name] = nn.Parameter(base.weight.new_empty(target.r, base.weight.shape[1]))
@@ -93,6 +95,14 @@ class LoRAProjection(Projection):
         """Each target with its A and B."""
         for name, target in self.targets.items():
             yield target, self.lora_A[name], self.lora_B[name]
+
+    @torch.no_grad()
+    def take_out(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Takes s B A, worked out in float32, out of the weight of a target."""
+        target = self.targets[name]
+        weight = self.weight[target.part]
+        weight.copy_(weight.float().addmm_(b.float(), a.float(), alpha=-target.scaling))
+        self.taken_out[name] = a, b
 
     @property
     def drops(self) -> bool:

@@ -80,6 +80,17 @@ def _targets(config: TrainConfig, model: ModelConfig) -> Names:
     return all_linear(model) if linear else _names(named)
 
 
+def _joined(config: TrainConfig) -> list[str]:
+    """The projections whose adapters go into their matmuls."""
+    kernels = {
+        "qkv_proj": config.lora_qkv_kernel,
+        "o_proj": config.lora_o_kernel,
+        "gate_up_proj": config.lora_mlp_kernel,
+        "down_proj": config.lora_mlp_kernel,
+    }
+    return [name for name, kernel in kernels.items() if kernel is not False]
+
+
 def _names(value: list[str] | str | None) -> Names:
     return value if isinstance(value, str) else tuple(value or ())
 
@@ -93,8 +104,8 @@ def add_adapter(config: TrainConfig, model: Decoder, checkpoint: Path | None) ->
     lora = lora_of(config, model.config)
     if lora is None:
         return None
-    add_lora(model, lora, seed=config.seed)
+    add_lora(model, lora, seed=config.seed, joined=_joined(config), fresh=checkpoint is None)
     if checkpoint is not None:
-        fill_adapter(model, checkpoint)
+        fill_adapter(model, checkpoint, taken_out=lora.takes_out)
     local = Path(config.base_model)
     return Adapter(lora, str(local.resolve()) if local.is_dir() else config.base_model, config.revision_of_model)

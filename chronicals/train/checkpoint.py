@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chronicals import __version__
-from chronicals.adapters.lora import adapter_tensors
 from chronicals.adapters.peft_files import save_adapter
+from chronicals.adapters.saved import changed_weights, saved_tensors
 from chronicals.data.tokenizer import ChatTokenizer
 from chronicals.errors import UserError
 from chronicals.models.decoder import Decoder
@@ -282,14 +282,16 @@ def _weights(model: Decoder) -> dict[str, Tensor]:
 
 def _saved(model: Decoder) -> dict[str, Tensor]:
     """The weights that are saved: an adapter's where there is one, as the others lie in the base model, unchanged."""
-    return adapter_tensors(model) or _weights(model)
+    return saved_tensors(model) or _weights(model)
 
 
 def _frozen(model: Decoder) -> dict[str, Tensor]:
-    """The weights beside an adapter that it does not hold, by Hugging Face name; none without an adapter."""
+    """The weights beside an adapter that it does not hold and that are as they are in the base model, by Hugging Face
+    name; none without an adapter."""
     trained = trained_views(model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
-    frozen = {name: weight for name, weight in _weights(model).items() if name not in trained}
-    return frozen if adapter_tensors(model) else {}
+    other = trained.keys() | changed_weights(model)
+    frozen = {name: weight for name, weight in _weights(model).items() if name not in other}
+    return frozen if saved_tensors(model) else {}
 
 
 def _optimizer_views(optimizer: OptimizerState, loss_scale: LossScale) -> Iterator[tuple[str, Tensor]]:

@@ -30,7 +30,7 @@ from chronicals.adapters.peft_files import load_adapter, save_adapter
 from chronicals.adapters.unfused import Dropout, LoRAProjection
 from chronicals.errors import UserError
 from chronicals.models.decoder import Decoder
-from chronicals.models.hf import load_model, trained_views
+from chronicals.models.hf import hf_views, load_model, trained_views
 from chronicals.models.layer import Recompute
 from tests.kernels.numerics import relative_error
 from tests.models.test_parity import logits_and_loss, reference_logits_and_loss
@@ -217,6 +217,68 @@ def test_an_adapter_begins_as_pefts_does(base: tuple[str, Path], init: str, dora
     again = load_model(folder)
     add_lora(again, lora, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoRA(4, 8, ALL, init="pissa"),
+        LoRA(3, 5, ("q_proj", "down_proj"), init="pissa", rslora=True, dora=True, rank_pattern={"q_proj": 2}),
+    ],
+)
+def test_pissa_begins_and_is_saved_as_pefts(base: tuple[str, Path], lora: LoRA, tmp_path: Path) -> None:
+    name, folder = base
+    options = {"use_rslora": lora.rslora, "use_dora": lora.dora, "rank_pattern": dict(lora.rank_pattern)}
+    config = peft.LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights="pissa", **options
+    )
+    theirs, ours, unchanged = peft.get_peft_model(reference(name), config), load_model(folder), load_model(folder)
+    add_lora(ours, lora)
+    with torch.no_grad():
+        logits, expected = (logits_and_loss(model, documents())[0] for model in (ours, unchanged))
+    assert relative_error(logits, expected) < TOLERANCE
+    tensors = adapter_tensors(ours)
+    weights = dict(hf_views(ours, {key: p.detach() for key, p in ours.named_parameters()}))
+    for key, module in theirs.named_modules():
+        if isinstance(module, LoraLayer):
+            product = module.lora_B["default"].weight @ module.lora_A["default"].weight  # signs may differ
+            a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
+            assert relative_error(b @ a, product) < TOLERANCE
+            assert torch.allclose(a.norm(dim=1), b.norm(dim=0), rtol=1e-3)
+            residual = weights[f"{key.removeprefix('base_model.model.')}.weight"]
+            assert relative_error(residual, module.base_layer.weight) < TOLERANCE
+            with torch.no_grad():
+                module.lora_A["default"].weight.copy_(a)
+                module.lora_B["default"].weight.copy_(b)
+    assert_equal_to_theirs(ours, theirs)
+    with torch.no_grad():  # "trained"
+        for tensor in tensors.values():
+            tensor.mul_(1 + 0.1 * torch.randn_like(tensor))
+    ours.projections_changed()
+    save_adapter(ours, lora, tmp_path, base_model=str(folder))
+    loaded, again = peft.PeftModel.from_pretrained(reference(name), tmp_path), load_model(folder)
+    assert load_adapter(again, tmp_path) == lora.as_saved() and lora.as_saved().r == 2 * lora.r
+    with torch.no_grad():
+        logits = logits_and_loss(ours, documents())[0]
+        assert relative_error(reference_logits_and_loss(loaded, documents())[0], logits) < TOLERANCE
+        assert relative_error(logits_and_loss(again, documents())[0], logits) < TOLERANCE
+
+
+def test_pissa_by_iterations_takes_out_nearly_as_much(base: tuple[str, Path]) -> None:
+    first, second, other = load_model(base[1]), load_model(base[1]), load_model(base[1])
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    add_lora(first, LoRA(4, 8, ALL, init="pissa"))
+    add_lora(second, LoRA(4, 8, ALL, init="pissa_niter_16"))
+    add_lora(other, LoRA(4, 8, ALL, init="pissa_niter_16"), seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = [dict(hf_views(m, {key: p.detach() for key, p in m.named_parameters()})) for m in (first, second, other)]
+    for key in weights[0]:
+        if key.endswith("_proj.weight"):
+            assert 1 < weights[1][key].norm() / weights[0][key].norm() < 1.01, key  # the least there is
+            assert not torch.equal(weights[1][key], weights[2][key])
+    with pytest.raises(UserError, match="lora_r: rank 40 of a weight of"):
+        add_lora(load_model(base[1]), LoRA(40, 8, ALL, init="pissa"))
 
 
 def test_absent_targets_have_no_tensors(base: tuple[str, Path]) -> None:

@@ -73,11 +73,22 @@ def test_all_linear_layers_are_the_default(folder: Path) -> None:
     assert names.keys() <= state["digests"].keys()
 
 
-def test_twenty_steps_are_ten_and_ten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lora = {"loraplus_lr_ratio": 4.0, "peft_use_rslora": True}
-    straight = adapter_config(folder, **LONG, **lora, save_steps=10, output_dir=str(folder / "straight"))
+RESUMED: dict[str, dict[str, Any]] = {
+    "lora+": {"loraplus_lr_ratio": 4.0, "peft_use_rslora": True},
+    "dropout": {"lora_dropout": 0.2, "gradient_accumulation_steps": 2, "micro_batch_size": 1},
+    "dora": {"peft_use_dora": True, "lora_dropout": 0.1, "lora_bias": "lora_only", "lora_modules_to_save": ["norm"]},
+    "embeddings": {"lora_modules_to_save": ["embed_tokens", "lm_head"], "tokens": ["<|one|>", "<|two|>"]},
+    "pissa": {"peft_init_lora_weights": "pissa", "learning_rate": 1e-4},
+    "unfused": {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False},
+}
+
+
+@pytest.mark.parametrize("variant", RESUMED)
+def test_twenty_steps_are_ten_and_ten(folder: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    lora = RESUMED[variant]
+    straight = adapter_config(folder, **(LONG | {"save_steps": 10, "output_dir": str(folder / "straight")} | lora))
     helpers.run(straight)
-    config = adapter_config(folder, **LONG, **lora, save_steps=10, resume_from_checkpoint="auto")
+    config = adapter_config(folder, **(LONG | {"save_steps": 10, "resume_from_checkpoint": "auto"} | lora))
     with monkeypatch.context() as patch:
         at_step(patch, 12, crash)
         with pytest.raises(Crash):
