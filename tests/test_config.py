@@ -242,6 +242,8 @@ ERRORS = [
         "adapter: lora\nlora_rank_pattern: {q_proj: 0}",
         "c.yaml:5: lora_rank_pattern must be a mapping to a whole number of at least",
     ),
+    ("adapter: lora\npeft_init_lora_weights: pissa_niter_x", "c.yaml:5: peft_init_lora_weights must be one of kaiming"),
+    ("adapter: qlora\ninit_lora_weights: pissa", "c.yaml:5: peft_init_lora_weights: pissa changes the weights, which"),
     ("adapter: lora\npeft_init_lora_weights: false", "c.yaml:5: peft_init_lora_weights must be one of kaiming"),
     ("adapter: lora\nreinit_weights: true", "c.yaml:5: an adapter of random weights is of no use"),
     *(
@@ -259,6 +261,7 @@ ERRORS = [
             ("peft_use_rslora", "true"),
             ("loraplus_lr_ratio", 16),
             ("loraplus_lr_embedding", 1e-6),
+            ("lora_qkv_kernel", "true"),
             ("lora_bias", "all"),
             ("lora_modules_to_save", "[norm]"),
             ("peft_use_dora", "true"),
@@ -532,7 +535,9 @@ def test_an_adapter_fills_in_what_it_needs() -> None:
     config = built(adapter="lora", **given)
     assert {key: getattr(config, key) for key in given} == given and config.lora_target_linear is None
     assert built(lora_r=None, lora_dropout=0.0, lora_target_linear=False).learning_rate == 2e-5
-    assert built(adapter="lora", lora_qkv_kernel=True).notes[0].startswith("lora_qkv_kernel has no effect: ")
+    assert built(adapter="lora", lora_qkv_kernel=True).notes == []
+    assert built(adapter="lora", init_lora_weights=True).peft_init_lora_weights == "kaiming"
+    assert built(adapter="lora", init_lora_weights="pissa_niter_4").peft_init_lora_weights == "pissa_niter_4"
 
 
 def test_the_schema_admits_what_load_does() -> None:

@@ -18,7 +18,8 @@ def philox4x32(
 ) -> list[Tensor]:
     """Four int64 tensors of 32-bit words, of the shape of `c0`; counters modulo 2^32, `seed` has up to 64 bits."""
     mask = 0xFFFFFFFF
-    words = [torch.as_tensor(c, dtype=torch.int64, device=c0.device).expand_as(c0) & mask for c in (c0, c1, c2, c3)]
+    counters = (c if isinstance(c, Tensor) else torch.full((), c, device=c0.device) for c in (c0, c1, c2, c3))
+    words = [c.to(torch.int64).expand_as(c0) & mask for c in counters]  # full, not as_tensor: a graph can record it
     key0, key1 = seed & mask, seed >> 32 & mask
     for _ in range(rounds):
         # int64 products wrap modulo 2^64, which keeps all bits of an unsigned one

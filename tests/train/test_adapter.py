@@ -17,10 +17,12 @@ from torch import Tensor
 
 from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.peft_files import load_adapter
+from chronicals.adapters.unfused import DoRAProjection, LoRAProjection
 from chronicals.config import TrainConfig
 from chronicals.errors import GuardError, UserError
 from chronicals.models.hf import load_model
 from chronicals.optim.adamw import AdamW
+from chronicals.train.adapter import add_adapter
 from tests.kernels.numerics import relative_error
 from tests.models.test_parity import logits_and_loss, reference_logits_and_loss
 from tests.models.tiny import documents
@@ -60,6 +62,51 @@ def test_a_run_learns_and_peft_loads_it_with_equal_logits(folder: Path) -> None:
     assert not written.get("modules_to_save")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "out")  # finds the base model by itself
     assert any("lora_A" in name for name, _ in loaded.named_parameters())
+
+
+def test_new_tokens_are_trained_with_the_embedding(folder: Path) -> None:
+    tokens = ["<|one|>", "<|two|>"]
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    rows = len(base.get_input_embeddings().weight)
+    saved = ["embed_tokens", "lm_head"]
+    helpers.run(adapter_config(folder, max_steps=3, tokens=tokens, lora_modules_to_save=saved))
+    tensors = load_file(folder / "out/adapter_model.safetensors")
+    assert {len(tensors[f"base_model.model.{name}.weight"]) for name in ("model.embed_tokens", "lm_head")} == {rows + 2}
+    base.resize_token_embeddings(rows + 2)
+    theirs, ours = peft.PeftModel.from_pretrained(base, folder / "out"), load_model(folder / "model")
+    load_adapter(ours, folder / "out")
+    streams = documents(vocab_size=rows + 2)
+    with torch.no_grad():
+        logits, expected = logits_and_loss(ours, streams)[0], reference_logits_and_loss(theirs, streams)[0]
+    assert relative_error(logits, expected) < 1e-5
+
+
+def test_the_embeddings_rate_is_its_own(folder: Path) -> None:
+    moved = {}
+    weights = load_file(folder / "model/model.safetensors")["model.embed_tokens.weight"]
+    for rate in (None, 1e-6):
+        out = str(folder / f"out{rate}")
+        saved = {"lora_modules_to_save": ["embed_tokens", "lm_head"], "loraplus_lr_embedding": rate}
+        helpers.run(adapter_config(folder, max_steps=1, learning_rate=1e-4, output_dir=out, **saved))
+        tensors = load_file(Path(out) / "adapter_model.safetensors")
+        moved[rate] = (tensors["base_model.model.model.embed_tokens.weight"] - weights).abs().max().item()
+    assert moved[None] == pytest.approx(1e-4, rel=1e-2) and moved[1e-6] == pytest.approx(1e-6, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("values", "kinds"),
+    [
+        ({}, {JoinedLoRA}),
+        ({"lora_qkv_kernel": False}, {JoinedLoRA, LoRAProjection}),
+        ({"lora_qkv_kernel": False, "lora_o_kernel": False, "lora_mlp_kernel": False}, {LoRAProjection}),
+        ({"lora_dropout": 0.1}, {LoRAProjection}),
+        ({"peft_use_dora": True}, {DoRAProjection}),
+    ],
+)
+def test_the_keys_choose_the_projections(folder: Path, values: dict[str, Any], kinds: set[type]) -> None:
+    model = load_model(folder / "model")
+    add_adapter(adapter_config(folder, **values), model, None)
+    assert {type(module) for module in model.modules() if isinstance(module, LoRAProjection)} == kinds
 
 
 def test_all_linear_layers_are_the_default(folder: Path) -> None:
