@@ -276,8 +276,10 @@ def checkpoint_bytes(model: Decoder, optimizer: OptimizerState) -> tuple[int, in
 
 
 def _weights(model: Decoder) -> dict[str, Tensor]:
-    """Every weight by its Hugging Face name."""
-    return dict(hf_views(model, {name: parameter.detach() for name, parameter in model.named_parameters()}))
+    """Every weight by its Hugging Face name; `.nf4` follows where these are its codes: they are not that weight's bits,
+    which a merge finds in the 16-bit model."""
+    views = hf_views(model, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    return {f"{name}.nf4" if view.dtype == torch.uint8 else name: view for name, view in views}
 
 
 def _saved(model: Decoder) -> dict[str, Tensor]:

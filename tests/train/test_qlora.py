@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from chronicals.adapters.peft_files import load_adapter
+from chronicals.commands.merge import merge
 from chronicals.config import TrainConfig
 from chronicals.errors import UserError
 from chronicals.models.hf import load_model
@@ -55,7 +56,7 @@ def test_a_run_learns_and_peft_loads_it_beside_bitsandbytes(folder: Path) -> Non
     written = load_file(folder / "out/adapter_model.safetensors")
     assert all(".lora_" in name for name in written)
     digests = json.loads((folder / "out/trainer_state.json").read_text())["digests"]
-    assert "model.layers.0.self_attn.q_proj.weight" in digests, "codes are known by their weight's name"
+    assert "model.layers.0.self_attn.q_proj.weight.nf4" in digests, "codes are known by their weight's name"
 
 
 def test_every_parameter_is_counted(folder: Path) -> None:
@@ -101,8 +102,23 @@ def test_other_codes_are_told(folder: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
         helpers.run(qlora_config(folder, max_steps=3, resume_from_checkpoint="auto"))
-    told = "base_model has other weights than the adapter was trained beside: model.layers.1.self_attn.v_proj.weight"
+    told = (
+        "base_model has other weights than the adapter was trained beside: model.layers.1.self_attn.v_proj.weight.nf4"
+    )
     assert told in str(caught.value)
+
+
+def test_its_adapter_is_merged_into_the_16_bit_model_and_no_other(folder: Path) -> None:
+    """Of the weights in 4 bits a run knows the codes alone, of all others the digests."""
+    helpers.run(qlora_config(folder, max_steps=20))
+    report = merge(str(folder / "out"), folder / "merged")
+    assert report.passed and report.weights == 14 and report.effect > 1e-2
+    file = folder / "model/model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"other weights than the adapter was trained beside: model\.norm\.weight"):
+        merge(str(folder / "out"), folder / "again")
 
 
 def test_a_model_that_is_quantised_already(folder: Path) -> None:
