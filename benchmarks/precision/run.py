@@ -15,24 +15,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.precision.arms import ARMS, LAST, MASTERS, Arm, Study, train
+from benchmarks.at_once import Results, run_all
+from benchmarks.precision.arms import ARMS, LAST, MASTERS, Study, train
 from benchmarks.precision.text import Shape, make_tokenizer, measured_where, write_model, write_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "precision.json"
 FIGURES = ("train_loss", "eval_loss")
-Results = dict[str, dict[str, Any]]
 
 
 def prepare(folder: Path, data: Path, shape: Shape, rows: int | None = None) -> None:
@@ -41,14 +37,6 @@ def prepare(folder: Path, data: Path, shape: Shape, rows: int | None = None) -> 
     tokenizer = make_tokenizer(folder / "train.jsonl", shape.vocab)
     for seed in sorted({arm.seed for arm in ARMS}):
         write_model(folder / f"model-{seed}", shape, seed, tokenizer)
-
-
-def attempt(arm: Arm, study: Study) -> dict[str, Any]:
-    """`train`, or what went wrong: one arm's failure is no other's."""
-    try:
-        return train(arm, study)
-    except Exception as error:  # noqa: BLE001  whatever it is, the table shows it and the gate is red
-        return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def judge(results: Results) -> tuple[dict[str, float], list[str]]:
@@ -93,22 +81,6 @@ def table(results: Results, band: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def run_all(study: Study, *, together: bool) -> Results:
-    """Every arm: in a process of its own, all at once, or one after the other in this one."""
-    if not together:
-        return {arm.name: attempt(arm, study) for arm in ARMS}
-    spawn, results = multiprocessing.get_context("spawn"), {}
-    pools = {arm.name: ProcessPoolExecutor(1, mp_context=spawn) for arm in ARMS}  # one that dies takes no other along
-    running = {arm.name: pools[arm.name].submit(attempt, arm, study) for arm in ARMS}
-    for name, future in running.items():
-        try:
-            results[name] = future.result()
-        except BrokenProcessPool as error:
-            results[name] = {"failed": str(error)}
-        pools[name].shutdown()
-    return results
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="JSONL; the strings of a row are one document")
@@ -124,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         prepare(folder, options.data, shape)
         shared = Study(folder, options.steps, options.learning_rate, 512, 8, options.device)
-        results = run_all(shared, together=options.device == "cuda")
+        arms = {arm.name: (arm, shared) for arm in ARMS}
+        results = run_all(train, arms, together=options.device == "cuda")
     band, wrong = judge(results)
     report = {
         **measured_where(command, options.device, options.commit),

@@ -87,7 +87,8 @@ def test_a_curve_outside_the_spread_is_red_and_so_is_a_spread_that_shows_nothing
 def test_the_study_runs_every_arm(tmp_path: Path, text: Path) -> None:
     """Three steps each on the CPU, plain bf16 included."""
     run.prepare(tmp_path, text, TINY)
-    results = run.run_all(arms.Study(tmp_path, 3, 1e-3, 64, 2, "cpu"), together=False)
+    shared = arms.Study(tmp_path, 3, 1e-3, 64, 2, "cpu")
+    results = run.run_all(arms.train, {arm.name: (arm, shared) for arm in arms.ARMS}, together=False)
     assert [name for name, result in results.items() if "failed" in result] == [], results
     before = {result["eval_loss_before"] for name, result in results.items() if name != "fp16: true"}
     assert len(before) == len(arms.MASTERS), "arms start from the first master's weights"
