@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.step.arm import ARMS
 from benchmarks.step.ours import Ours
-from benchmarks.step.profile import Kernel, kernels_of, layer_ops, layer_rows
+from benchmarks.step.profile import Kernel, has_glu, kernels_of, layer_ops, layer_rows
 from benchmarks.step.works import WORKS, Work
 from chronicals.models.layer import Stream
 from chronicals.models.projection import with_room
@@ -55,7 +55,9 @@ def table(arm: Ours, work: Work, folder: Path, ceilings: dict[str, float], timed
     for _ in range(3):
         kernels = kernels_of(run)  # the first compile, and bring the profiler up
     timed()
-    return layer_rows(layer_ops(work.shape, work.tokens, work.length), kernels, counted(work, folder), ceilings)
+    glu_inside = any(has_glu(kernel.name) for kernel in kernels)
+    ops = layer_ops(work.shape, work.tokens, work.length, glu_inside=glu_inside)
+    return layer_rows(ops, kernels, counted(work, folder), ceilings)
 
 
 def counted(work: Work, folder: Path) -> list[Kernel] | None:

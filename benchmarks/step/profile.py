@@ -8,7 +8,8 @@ which no kernel ran between the first and the last one of several steps that wer
 
 A floor is work that no design of this step avoids: its matmuls at the rate of an 8192^3 matmul in this run, its bytes
 at the rate of a large copy in this run; what is computed again to save memory is not in it. Thin matmuls are taken to
-read their wide sides by themselves.
+read their wide sides by themselves. Floors follow what was run: a GLU inside its matmuls makes no pass, so its bytes
+are in no floor, neither of the elementwise kernels nor of the matmuls, which are as quick as their FLOPs.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from typing import Any
 from benchmarks.step.works import Shape, Work
 
 STEPS = 3
+GLU_MATMUL = r"quack.*GemmMod"  # a matmul with a GLU inside (kernels/fused/glu_matmul.py)
 KINDS: tuple[tuple[str, str], ...] = (  # the first that fits
     ("head", r"cross_entropy_kernel|losses_kernel|dlogits_kernel|gather_rows|scatter_rows|scale_kernel"),
     ("optimizer", r"adamw|square_sums|tensor_norms|multi_tensor|foreach|lpnorm"),
     ("norms", r"rmsnorm|reduce_partials|column_"),
-    ("matmul", r"quack.*GemmMod"),  # with the GLU inside
+    ("matmul", GLU_MATMUL),
     ("elementwise", r"glu_|rope_|embedding_"),
     ("thin matmul", r"lora|dora"),
     ("copies", r"memcpy|memset|copy_kernel|fill|catarray|place"),
@@ -69,8 +71,18 @@ def kind(name: str) -> str:
     return next(kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE))
 
 
+def has_glu(name: str) -> bool:
+    """Whether it is a matmul with a GLU inside."""
+    return re.search(GLU_MATMUL, name) is not None
+
+
+def plain_matmul(name: str) -> bool:
+    """Whether it may be a thin one: GLUs' matmuls never are, and no op of torch's asks for them."""
+    return kind(name) == "matmul" and not has_glu(name)
+
+
 def matmul_sides(run: Callable[[], object]) -> list[tuple[str, int]]:
-    """(kernel, the smallest of M, N, K) of each matmul that `run` launches without a recording, in order."""
+    """(kernel, the smallest of M, N, K) of each plain matmul that `run` launches without a recording, in order."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -81,7 +93,7 @@ def matmul_sides(run: Callable[[], object]) -> list[tuple[str, int]]:
     found = []
     for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
         for kernel in event.kernels:
-            if kind(kernel.name) == "matmul":
+            if plain_matmul(kernel.name):
                 found.append((kernel.name, smallest_side(event.name, event.input_shapes)))
     return found
 
@@ -95,7 +107,7 @@ def smallest_side(op: str, shapes: Sequence[Sequence[int]]) -> int:
 def thin_ones(kernels: Sequence[Kernel], sides: Sequence[tuple[str, int]], limit: int) -> set[int] | None:
     """Indices into `kernels`, several steps of them, of matmuls with a side of at most `limit`; None where they are not
     the kernels of `sides`, over and over."""
-    matmuls = [i for i, kernel in enumerate(kernels) if kind(kernel.name) == "matmul"]
+    matmuls = [i for i, kernel in enumerate(kernels) if plain_matmul(kernel.name)]
     if not sides or len(matmuls) % len(sides):
         return None
     pairs = list(zip(matmuls, list(sides) * (len(matmuls) // len(sides)), strict=True))
@@ -132,11 +144,12 @@ def idle(kernels: Sequence[Kernel]) -> float:
     return total
 
 
-def least_bytes(work: Work, *, master: bool) -> dict[str, float]:
-    """Bytes that a step cannot avoid moving, by kind; bf16 activations, each read and written where it is needed."""
+def least_bytes(work: Work, *, master: bool, glu_inside: bool) -> dict[str, float]:
+    """Bytes that a step cannot avoid moving, by kind; bf16 activations, each read and written where it is needed.
+    `glu_inside`: the GLU runs inside its matmuls."""
     s, tokens, lora = work.shape, work.tokens, work.lora
     wide, qk = 2 * tokens * s.hidden, 2 * tokens * (s.heads + s.kv_heads) * s.head_dim
-    glu = 2 * tokens * s.intermediate
+    glu = 0 if glu_inside else 8 * 2 * tokens * s.intermediate  # 3 units forward, 5 backward
     qkv = 2 * tokens * (s.heads + 2 * s.kv_heads) * s.head_dim
     if lora:  # nor weights' gradients, but thin matmuls: x and dy of every fused projection, forward and backward
         sides = 2 * s.hidden + s.heads * s.head_dim + s.intermediate  # qkv and gate-up read one x each
@@ -144,7 +157,7 @@ def least_bytes(work: Work, *, master: bool) -> dict[str, float]:
         return {
             "head": 2 * 2 * tokens * s.vocab,
             "norms": s.layers * 2 * 8 * wide + 6 * wide,
-            "elementwise": s.layers * (2 * 2 * qk + 8 * glu) + 2 * wide,
+            "elementwise": s.layers * (2 * 2 * qk + glu) + 2 * wide,
             "thin matmul": 2 * 2 * tokens * s.layers * (sides + outs),
             "optimizer": (30 if master else 16) * s.layers * lora.layer_weights(s),
         }
@@ -152,16 +165,16 @@ def least_bytes(work: Work, *, master: bool) -> dict[str, float]:
         "head": 2 * 2 * tokens * s.vocab,  # logits: written by one matmul, read and rewritten by the loss, read by two
         # add and norm: two in, two out, and as much backward; the biases' gradient reads that of q, k, v
         "norms": s.layers * (2 * 8 * wide + qkv) + 6 * wide,
-        # rope both ways; GLU 3 units forward, 5 backward; the embedding's rows both ways
-        "elementwise": s.layers * (2 * 2 * qk + 8 * glu) + 4 * wide,
+        # rope both ways; the GLU; the embedding's rows both ways
+        "elementwise": s.layers * (2 * 2 * qk + glu) + 4 * wide,
         # weight, gradient, two moments, read and but for the gradient written, and the gradient once more for its norm
         "optimizer": (30 if master else 16) * s.parameters,
     }
 
 
-def floors(work: Work, ceilings: dict[str, float], *, master: bool) -> dict[str, float]:
+def floors(work: Work, ceilings: dict[str, float], *, master: bool, glu_inside: bool = False) -> dict[str, float]:
     """Seconds of a step, by kind."""
-    flops, moved = work.flops(), least_bytes(work, master=master)
+    flops, moved = work.flops(), least_bytes(work, master=master, glu_inside=glu_inside)
     flops.pop("adapters", None)  # thin matmuls are as slow as memory
     matmul, copy = ceilings["matmul_flops_per_second"], ceilings["copy_bytes_per_second"]
     return {name: flops.get(name, 0.0) / matmul + moved.get(name, 0.0) / copy for name in {*flops, *moved}}
@@ -205,8 +218,9 @@ def profile_step(arm: Any, work: Work, ceilings: dict[str, float], median: float
             arm.step(index)
 
     kernels_of(steps)  # the profiler's own start-up is in the first
-    floor = floors(work, ceilings, master=arm.chosen["precision"] == "fp32")
     kernels, thin, told_apart = kernels_of(steps), set[int](), True
+    glu_inside = any(has_glu(kernel.name) for kernel in kernels)
+    floor = floors(work, ceilings, master=arm.chosen["precision"] == "fp32", glu_inside=glu_inside)
     if work.lora:
         found = thin_ones(kernels, arm.matmul_sides(), 3 * work.lora.rank)
         thin, told_apart = found or thin, found is not None
@@ -247,6 +261,7 @@ LAYER_KINDS: tuple[tuple[str, str], ...] = (
     ("norm", r"rmsnorm"),
     ("sums", r"column_"),
     ("rope", r"rope_"),
+    ("glu matmul", GLU_MATMUL),
     ("glu", r"glu_"),
     ("attention", r"flash|fmha"),
     ("split", r"splitkreduce"),
@@ -255,10 +270,11 @@ LAYER_KINDS: tuple[tuple[str, str], ...] = (
 )
 
 
-def layer_ops(s: Shape, tokens: int, length: int) -> list[Op]:
+def layer_ops(s: Shape, tokens: int, length: int, *, glu_inside: bool = False) -> list[Op]:
     """A layer's forward and backward pass in order under `recompute: light`, each op with the bytes it must move: every
     input read once, every output written once, bf16. The parts of vectors' gradients are added up for all layers at
-    once, after the last."""
+    once, after the last. `glu_inside`: the GLU runs inside its matmuls, which write what its passes would, and neither
+    write nor read what lies between."""
     hidden, glu = 2 * tokens * s.hidden, 2 * tokens * s.intermediate
     width = (s.heads + 2 * s.kv_heads) * s.head_dim
     qkv, qk = 2 * tokens * width, 2 * tokens * (s.heads + s.kv_heads) * s.head_dim
@@ -270,6 +286,14 @@ def layer_ops(s: Shape, tokens: int, length: int) -> list[Op]:
         """(tokens, k) @ (k, n), or a transpose of it: the three sides are the same whichever is the output."""
         return Op(name, "matmul", 2 * (tokens * k + k * n + tokens * n), 2.0 * tokens * k * n)
 
+    def with_glu(product: Op, glu_pass: Op) -> list[Op]:
+        """A matmul and the GLU's pass over what it wrote."""
+        if not glu_inside:
+            return [product, glu_pass]
+        spared = 2 * glu  # forward: gate and up are not read back; backward: d is neither written nor read
+        moved = product.bytes + glu_pass.bytes - spared
+        return [Op(f"{product.name}, {glu_pass.name}", "glu matmul", moved, product.flops)]
+
     heads = s.heads * s.head_dim
     return [
         Op("add, norm", "norm", 4 * hidden + rstd),
@@ -278,24 +302,22 @@ def layer_ops(s: Shape, tokens: int, length: int) -> list[Op]:
         Op("attention", "attention", qkv + out + lse, attention),
         matmul("o", s.hidden, heads),
         Op("add, norm", "norm", 4 * hidden + rstd),
-        matmul("gate_up", 2 * s.intermediate, s.hidden),
-        Op("glu", "glu", 3 * glu),
+        *with_glu(matmul("gate_up", 2 * s.intermediate, s.hidden), Op("glu", "glu", 3 * glu)),
         matmul("down", s.hidden, s.intermediate),
         Op("norm again", "norm", 2 * hidden + rstd),
-        matmul("d down input", s.intermediate, s.hidden),
-        Op("d glu, product again", "glu", 6 * glu),
+        *with_glu(matmul("d down input", s.intermediate, s.hidden), Op("d glu, product again", "glu", 6 * glu)),
         matmul("d down weight", s.intermediate, s.hidden),
-        matmul("d gate_up weight", 2 * s.intermediate, s.hidden),
         matmul("d gate_up input", 2 * s.intermediate, s.hidden),
+        matmul("d gate_up weight", 2 * s.intermediate, s.hidden),
         Op("d norm, add", "norm", 4 * hidden + rstd),
-        matmul("d o weight", heads, s.hidden),
         matmul("d o input", heads, s.hidden),
+        matmul("d o weight", heads, s.hidden),
         Op("d attention", "attention", 2 * qkv + 2 * out + lse, 2.5 * attention),
         Op("d rope", "rope", 2 * qk + tables),
         Op("norm again", "norm", 2 * hidden + rstd),
+        matmul("d qkv input", width, s.hidden),
         matmul("d qkv weight", width, s.hidden),
         Op("d qkv bias", "sums", qkv),
-        matmul("d qkv input", width, s.hidden),
         Op("d norm, add", "norm", 4 * hidden + rstd),
     ]
 
@@ -360,11 +382,11 @@ def told_layer(table: dict[str, Any] | None) -> list[str]:
     """The table's lines; none of no table."""
     if table is None:
         return []
-    lines = [f"{'':24}{'us':>8}{'floor':>8}{'MB least':>10}{'MB moved':>10}"]
+    lines = [f"{'':36}{'us':>8}{'floor':>8}{'MB least':>10}{'MB moved':>10}"]
     for row in table["ops"]:
         moved = "" if row["moved"] is None else f"{row['moved'] / 1e6:.1f}"
         missing = "" if row["kernels"] else "  no kernel seen"
         us, floor = 1e6 * row["seconds"], 1e6 * row["floor_seconds"]
-        lines.append(f"{row['op']:24}{us:8.1f}{floor:8.1f}{row['bytes'] / 1e6:10.1f}{moved:>10}{missing}")
+        lines.append(f"{row['op']:36}{us:8.1f}{floor:8.1f}{row['bytes'] / 1e6:10.1f}{moved:>10}{missing}")
     lines += [f"stray: {row['kernel']} {1e6 * row['seconds']:.1f} us" for row in table["strays"]]
     return lines

@@ -22,6 +22,8 @@ from benchmarks.step.works import QWEN_05B, WORKS
 
 CEILINGS = {"matmul_flops_per_second": 700e12, "copy_bytes_per_second": 4e12}
 GEMM = "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NTN"
+GLU_FORWARD = "kernel_cutlass_kernel_quackepiloguefrontendGemmMod_glu_75792eb3392648a5_g_none_sm9_object_at"
+GLU_BACKWARD = "kernel_cutlass_kernel_quackepiloguefrontendGemmMod_glu_backward_da49bac2e6530c01__c_tile_sm9_object_at"
 
 
 @pytest.mark.parametrize(
@@ -38,10 +40,8 @@ GEMM = "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NTN"
         ("tensor_norms_kernel", "optimizer"),
         ("rmsnorm_backward_kernel", "norms"),
         ("glu_backward_kernel", "elementwise"),
-        (
-            "kernel_cutlass_kernel_quackepiloguefrontendGemmMod_glu_backward_da49bac2e6530c01__c_tile_sm9_object_at",
-            "matmul",
-        ),
+        (GLU_FORWARD, "matmul"),
+        (GLU_BACKWARD, "matmul"),
         ("void at::native::vectorized_elementwise_kernel<4>", "other"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("Memset (Device)", "copies"),
@@ -78,7 +78,12 @@ def test_floors_follow_the_shapes() -> None:
     assert seconds["matmul"] == pytest.approx(6 * 16384 * 24 * 14909440 / 700e12)
     assert seconds["optimizer"] == pytest.approx(16 * 494_032_768 / 4e12)
     assert floors(work, CEILINGS, master=True)["optimizer"] == pytest.approx(30 * 494_032_768 / 4e12)
-    assert seconds["elementwise"] > 24 * 8 * 2 * 16384 * 4864 / 4e12
+    passes = 24 * 8 * 2 * 16384 * 4864 / 4e12
+    assert seconds["elementwise"] > passes
+    for name in ("full05", "lora05"):
+        apart, inside = (floors(WORKS[name], CEILINGS, master=False, glu_inside=i) for i in (False, True))
+        assert inside.pop("elementwise") == pytest.approx(apart.pop("elementwise") - passes)
+        assert inside == apart, "the matmul's floor too"
 
 
 FORWARD = [
@@ -89,7 +94,7 @@ BACKWARD = [
     *("rmsnorm_recompute_kernel", GEMM, "glu_backward_kernel", GEMM, GEMM, GEMM),
     *("rmsnorm_backward_kernel", GEMM, GEMM),
     *("kernel_cutlass_flash_bwd_preprocess", "kernel_cutlass_flash_bwd", "kernel_cutlass_flash_bwd_postprocess"),
-    *("rope_kernel", "rmsnorm_recompute_kernel", GEMM, "splitKreduce_kernel", "column_partials_kernel", GEMM),
+    *("rope_kernel", "rmsnorm_recompute_kernel", GEMM, GEMM, "splitKreduce_kernel", "column_partials_kernel"),
     "rmsnorm_backward_kernel",
 ]
 
@@ -109,6 +114,25 @@ def test_a_layers_kernels_find_their_ops_and_strays_are_told() -> None:
     assert rows["glu"]["floor_seconds"] == pytest.approx(3 * 2 * 16384 * 4864 / 4e12)
     lines = told_layer(found)
     assert lines[-1] == f"stray: {copy} 1000000.0 us"
+
+
+def test_a_glu_inside_its_matmuls_is_one_row_each_way() -> None:
+    kernels = in_a_row(*FORWARD, *BACKWARD)
+    for name, one in (("glu_forward_kernel", GLU_FORWARD), ("glu_backward_kernel", GLU_BACKWARD)):
+        at = [kernel.name for kernel in kernels].index(name)
+        kernels[at - 1 : at + 1] = [Kernel(one, kernels[at].start, 7.0)]
+    found = layer_rows(layer_ops(QWEN_05B, 16384, 2048, glu_inside=True), kernels, None, CEILINGS)
+    assert not found["strays"]
+    rows = {row["op"]: row for row in found["ops"]}
+    assert all(row["kernels"] for row in rows.values())
+    width, hidden, weight = (2 * n for n in (16384 * 4864, 16384 * 896, 4864 * 896))
+    forward, backward = rows["gate_up, glu"], rows["d down input, d glu, product again"]
+    assert (forward["kernels"], backward["kernels"]) == ([GLU_FORWARD[:90]], [GLU_BACKWARD[:90]])
+    assert forward["bytes"] == hidden + 2 * weight + 3 * width
+    assert backward["bytes"] == hidden + weight + 5 * width
+    assert forward["floor_seconds"] == pytest.approx(2 * 16384 * 896 * 9728 / 700e12)
+    assert backward["floor_seconds"] == pytest.approx(backward["bytes"] / 4e12)
+    assert [rows[name]["seconds"] for name in ("down", "d down weight", "d gate_up input")] == [1.0] * 3
 
 
 def test_a_kernel_that_was_not_seen_is_told() -> None:
@@ -141,6 +165,11 @@ def test_thin_matmuls_are_told_by_their_sizes() -> None:
     }
     assert thin_ones(step, sides[::-1], 96) is None, "other kernels"
     assert thin_ones(step, sides[:-1], 96) is None, "fewer"
+
+
+def test_a_glus_matmul_is_no_thin_one_and_has_no_place_among_them() -> None:
+    step = in_a_row(GEMM, GLU_FORWARD, f"{GEMM}_thin", GLU_BACKWARD)
+    assert thin_ones(step * 2, [(GEMM, 896), (f"{GEMM}_thin", 32)], 96) == {2, 6}
 
 
 def test_the_smallest_side_is_of_a_products_three() -> None:
