@@ -27,6 +27,8 @@ from threading import Event, Thread
 from types import FrameType
 from typing import Any
 
+from benchmarks import children
+
 ROOT = Path(__file__).parents[1]
 QWEN, TINY = (896, 4864, 24, 14, 2, 151936), (128, 256, 2, 4, 2, 2048)
 NAMES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
@@ -85,14 +87,12 @@ def run(job: Path, folder: Path, name: str) -> dict[str, Any]:
     command += ["--output-dir", str(output)]
     log = (folder / f"{name}.log").open("w+")
     began = time.time()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | caches | {"BEGAN": repr(began)}, stdout=log, stderr=subprocess.STDOUT
-    )
-    rows = output / "metrics.jsonl"
-    while process.poll() is None and not (rows.is_file() and rows.read_text().count("\n")):
-        time.sleep(0.005)
-    seconds = time.time() - began
-    code = process.wait()
+    rows, environment = output / "metrics.jsonl", os.environ | caches | {"BEGAN": repr(began)}
+    with children.started(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT) as process:
+        while process.poll() is None and not (rows.is_file() and rows.read_text().count("\n")):
+            time.sleep(0.005)
+        seconds = time.time() - began
+        code = process.wait()
     log.seek(0)
     text = log.read()
     losses = [json.loads(line)["loss"] for line in rows.read_text().splitlines()] if rows.is_file() else []
@@ -236,4 +236,5 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    children.end_with_this_process()
     sys.exit(main())

@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks import children
 from benchmarks.kernels.harness import GIB, Case, extra_memory, time_arm, time_copy, time_matmul
 
 HERE = Path(__file__).parent
@@ -164,7 +165,7 @@ def run_all(names: list[str], out: Path, where: dict[str, Any]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "rows.json"
             command = [sys.executable, "-m", "benchmarks.kernels.run", "--child", op, "--out", str(part)]
-            code = subprocess.run(command, cwd=ROOT).returncode
+            code = children.run(command, cwd=ROOT)
             found = json.loads(part.read_text(encoding="utf-8")) if part.is_file() else {"cases": []}
         if code != 0:
             found["cases"].append({"op": op, "error": f"its process ended with exit code {code}"})
@@ -202,4 +203,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    children.end_with_this_process()
     sys.exit(main(sys.argv[1:]))

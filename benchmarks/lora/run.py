@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import children
 from benchmarks.lora.models import DIRECTIONS, MODELS, TINY, Model
 from benchmarks.step.run import machine
 
@@ -224,17 +225,19 @@ def _line(model: Model, arm: str, name: str, what: str, claim: float, found: Map
 
 def spawn(side: str, name: str, folder: Path, trials: int) -> dict[str, Any]:
     """What the child wrote, or its `error`."""
-    part = folder / f"{side}.json"
+    part, log = folder / f"{side}.json", folder / f"{side}.log"
     command = [sys.executable, "-m", "benchmarks.lora.run", "--child", side, "--model", name, "--out", str(part)]
     command += ["--trials", str(trials), "--folder", str(folder)]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+        with log.open("w") as out:
+            code = children.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=out, timeout=LIMIT)
     except subprocess.TimeoutExpired:
         return {"error": f"{side}: it took longer than {LIMIT} s"}
-    if done.returncode == 0:
+    if code == 0:
         return json.loads(part.read_text(encoding="utf-8"))
-    print(done.stderr[-3000:], file=sys.stderr, flush=True)
-    return {"error": f"{side}: {' | '.join(done.stderr.strip().splitlines()[-1:])[-300:]}"}
+    said = log.read_text(encoding="utf-8", errors="replace")
+    print(said[-3000:], file=sys.stderr, flush=True)
+    return {"error": f"{side}: {' | '.join(said.strip().splitlines()[-1:])[-300:]}"}
 
 
 def measure(name: str, folder: Path, trials: int) -> dict[str, Any]:
@@ -286,4 +289,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    children.end_with_this_process()
     sys.exit(main(sys.argv[1:]))

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import children
 from benchmarks.at_once import Results, run_all
 from benchmarks.lora_training.base import Base, Scale, config, eval_losses, pretrain, train, write_questions
 from benchmarks.precision.text import measured_where
@@ -186,4 +187,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    children.end_with_this_process()
     sys.exit(main())

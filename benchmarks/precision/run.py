@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import children
 from benchmarks.at_once import Results, run_all
 from benchmarks.precision.arms import ARMS, LAST, MASTERS, Study, train
 from benchmarks.precision.text import Shape, make_tokenizer, measured_where, write_model, write_text
@@ -119,4 +120,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    children.end_with_this_process()
     sys.exit(main())

@@ -28,6 +28,7 @@ from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from typing import Any
 
+from benchmarks import children
 from benchmarks.step.adapters import PLAIN, variant
 from benchmarks.step.arm import ARMS, LORA_ARMS, Spec, arms_of, build
 from benchmarks.step.profile import told as profiled
@@ -94,9 +95,7 @@ def spawn(arguments: list[str], caches: Path, log: Path, turns: Path | None) -> 
     command = [sys.executable, "-m", *waits, "benchmarks.step.run", *arguments, "--started", repr(time.time())]
     with log.open("a", encoding="utf-8") as out:
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, env=os.environ | settings, stdout=out, stderr=out, timeout=LIMIT
-            ).returncode
+            code = children.run(command, cwd=ROOT, env=os.environ | settings, stdout=out, stderr=out, timeout=LIMIT)
         except subprocess.TimeoutExpired:
             return f"it took longer than {LIMIT} s"
     if code == 0:
@@ -170,7 +169,9 @@ class Runner:
         self.out.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
 
     def work(self, work: Work, arms: list[str], warm: list[str], options: list[str]) -> int:
-        """All arms of one work, a section of the file for those that are compared; the number of red ones."""
+        """All arms of one work, a section of the file for those that are compared; the number of red ones. Ours begins,
+        so that whatever was measured when this is ended has something to be compared with."""
+        arms = sorted(arms, key=lambda name: name != "ours")
         asked = ["--child", work.name, *options, "--folder", str(self.checkpoints / checkpoint_name(work))]
         named = [part for name in arms for part in ("--arm", name)]
         prepared = self.child([*asked, *named, "--prepare"], f"{work.name}_prepare")
@@ -197,11 +198,13 @@ class Runner:
             pending = [
                 pool.submit(self.arm, work, n, [*asked, *exact(n)], sections[suffix(n)], warm=n in warm) for n in arms
             ]
-            for done in pending:
-                done.result()
-        for end, section in sections.items():
-            for line in verdicts(work.name + end, section):
-                print(line, flush=True)
+            try:
+                for done in pending:
+                    done.result()
+            finally:
+                for end, section in sections.items():
+                    for line in verdicts(work.name + end, section):
+                        print(line, flush=True)
         return sum("error" in row for section in sections.values() for row in section["arms"].values())
 
     def arm(self, work: Work, name: str, asked: list[str], section: dict[str, Any], *, warm: bool) -> None:
@@ -378,4 +381,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    children.end_with_this_process()
     sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ then the way to them is told. They run in a process of their own, with this Pyth
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -105,4 +106,18 @@ def _run(module: str, repeated: dict[str, Sequence[str]], flags: Sequence[str], 
         for value in values:
             command += [option, value]
     command += [*flags, *([] if out is None else ["--out", str(out.absolute())])]
-    return subprocess.run(command, cwd=root).returncode
+    return _ends_with_us(command, cwd=root)
+
+
+def _ends_with_us(command: Sequence[str], *, cwd: Path) -> int:
+    """The command's exit code; it gets the signals that would end this process, as it has children to end."""
+    with subprocess.Popen(command, cwd=cwd) as process:
+        before = {
+            each: signal.signal(each, lambda number, frame: process.send_signal(number))
+            for each in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            return process.wait()
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,7 +142,7 @@ def test_every_arm_starts_in_a_process_of_its_own_and_the_file_keeps_other_works
 ) -> None:
     started = []
 
-    def spawned(command: list[str], **settings: Any) -> SimpleNamespace:
+    def spawned(command: list[str], **settings: Any) -> int:
         started.append(command)
         out = Path(command[command.index("--out") + 1])
         if "--prepare" in command:
@@ -151,12 +150,12 @@ def test_every_arm_starts_in_a_process_of_its_own_and_the_file_keeps_other_works
         elif command[command.index("--arm") + 1] == "eager":
             settings["stdout"].write("Segmentation fault\n")
             settings["stdout"].flush()
-            return SimpleNamespace(returncode=-11)
+            return -11
         else:
             out.write_text(json.dumps(NUMBERS))
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(run.subprocess, "run", spawned)
+    monkeypatch.setattr(run.children, "run", spawned)
     monkeypatch.setattr(
         run, "machine", lambda argv, commit: {"gpu": None, "versions": {}, "commit": "c", "command": ""}
     )
@@ -198,10 +197,12 @@ time.sleep(0.6)
             turns.done()
 
 
-def test_arms_at_once_share_a_lock_and_keep_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_arms_at_once_share_a_lock_and_keep_their_order_behind_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     most, running, shared = 0, 0, set()
 
-    def spawned(command: list[str], **settings: Any) -> SimpleNamespace:
+    def spawned(command: list[str], **settings: Any) -> int:
         nonlocal most, running
         running += 1
         most = max(most, running)
@@ -210,15 +211,15 @@ def test_arms_at_once_share_a_lock_and_keep_their_order(monkeypatch: pytest.Monk
         time.sleep(0.3 if "ours" in command else 0.1)
         Path(command[command.index("--out") + 1]).write_text(json.dumps(first))
         running -= 1
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(run.subprocess, "run", spawned)
+    monkeypatch.setattr(run.children, "run", spawned)
     monkeypatch.setattr(run, "machine", lambda argv, commit: {"versions": {}, "commit": "c", "command": ""})
-    out, arms = tmp_path / "step.json", ["ours", "liger", "eager", "unsloth"]
+    out, arms = tmp_path / "step.json", ["liger", "ours", "eager", "unsloth"]
     asked = [part for name in arms for part in ("--arm", name)]
     assert run.main(["--work", "tiny", *asked, "--at-once", "2", "--warm", "eager", "--out", str(out)]) == 0
     assert most == 2 and len(shared) == 1
-    assert list(json.loads(out.read_text())["works"]["tiny"]["arms"]) == arms
+    assert list(json.loads(out.read_text())["works"]["tiny"]["arms"]) == ["ours", "liger", "eager", "unsloth"]
 
 
 def test_without_a_gpu_nothing_is_measured(
@@ -240,11 +241,11 @@ def test_an_unknown_arm_names_the_known(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_command_reaches_the_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Any] = []
 
-    def spawned(command: list[str], *, cwd: Path) -> SimpleNamespace:
+    def spawned(command: list[str], *, cwd: Path) -> int:
         asked.append((command, cwd))
-        return SimpleNamespace(returncode=1)
+        return 1
 
-    monkeypatch.setattr(bench.subprocess, "run", spawned)
+    monkeypatch.setattr(bench, "_ends_with_us", spawned)
     monkeypatch.chdir(tmp_path)
     assert bench.bench_step(["full05"], ["ours", "liger"], Path("out.json"), profile=True) == 1
     ((command, cwd),) = asked

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +20,11 @@ from chronicals.errors import UserError
 def test_the_runner_gets_the_ops_and_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Any] = []
 
-    def spawned(command: list[str], *, cwd: Path) -> SimpleNamespace:
+    def spawned(command: list[str], *, cwd: Path) -> int:
         asked.append((command, cwd))
-        return SimpleNamespace(returncode=1)
+        return 1
 
-    monkeypatch.setattr(bench.subprocess, "run", spawned)
+    monkeypatch.setattr(bench, "_ends_with_us", spawned)
     monkeypatch.chdir(tmp_path)
     assert bench.bench_kernels(["attention"], Path("out.json")) == 1
     ((command, cwd),) = asked
@@ -39,11 +38,11 @@ def test_the_runner_gets_the_ops_and_the_file(monkeypatch: pytest.MonkeyPatch, t
 def test_bench_step_hands_on_its_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[list[str]] = []
 
-    def spawned(command: list[str], *, cwd: Path) -> SimpleNamespace:
+    def spawned(command: list[str], *, cwd: Path) -> int:
         asked.append(command[1:])
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(bench.subprocess, "run", spawned)
+    monkeypatch.setattr(bench, "_ends_with_us", spawned)
     monkeypatch.chdir(tmp_path)
     assert cli.run(["bench", "step", "--work", "gsm8k", "--data", "train.jsonl"]) == 0
     data = str(tmp_path / "train.jsonl")
@@ -164,14 +163,14 @@ WHERE: dict[str, Any] = {"versions": {}, "commit": None}
 
 
 def test_a_child_that_dies_is_red_and_the_others_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def spawned(command: list[str], *, cwd: Path) -> SimpleNamespace:
+    def spawned(command: list[str], *, cwd: Path) -> int:
         op, out = command[command.index("--child") + 1], Path(command[-1])
         if op == "dies":
-            return SimpleNamespace(returncode=-11)
+            return -11
         out.write_text(json.dumps({"cases": [{"op": op}]}))
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(run.subprocess, "run", spawned)
+    monkeypatch.setattr(run.children, "run", spawned)
     out = tmp_path / "results" / "out.json"
     assert run.run_all(["earlier"], out, WHERE | {"gpu": "F"}) == 0
     assert run.run_all(["dies", "lives"], out, WHERE | {"gpu": "G"}) == 1
