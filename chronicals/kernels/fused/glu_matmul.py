@@ -220,11 +220,12 @@ def start_import_where_it_fits(device: str) -> None:
 @cache
 def start_import() -> Future[ModuleType]:
     """glu_epilogues.py, or what kept it from being imported, once the thread that imports it is done; one a process."""
-    return import_in_thread("quack", _import)
+    before = attention.start_import()  # asked for here: two threads that ask at once would begin two imports
+    return import_in_thread("quack", lambda: _import(before))
 
 
-def _import() -> ModuleType:
-    attention.start_import().exception()  # one behind the other: attention is called first
+def _import(before: Future[ModuleType]) -> ModuleType:
+    before.exception()  # one behind the other: attention is called first
     os.environ.setdefault("QUACK_CACHE_DIR", kernel_cache("quack"))  # read when it is imported
     with quack_without_its_kernels():
         from chronicals.kernels.fused import glu_epilogues

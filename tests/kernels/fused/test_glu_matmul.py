@@ -270,3 +270,17 @@ def test_it_is_imported_ahead_only_where_it_may_be_chosen(
     monkeypatch.setattr(glu_matmul, "start_import", lambda: started.append(None))
     glu_matmul.start_import_where_it_fits(device)
     assert len(started) == starts
+
+
+def test_attention_is_asked_for_its_import_by_whoever_asks_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the thread that imports: beside a caller who asks for attention's, it would begin that a second time."""
+    asked: list[None] = []
+
+    def attentions() -> Future[ModuleType]:
+        asked.append(None)
+        return Future()
+
+    monkeypatch.setattr(attention, "start_import", attentions)
+    monkeypatch.setattr(glu_matmul, "import_in_thread", lambda name, importer: Future())
+    glu_matmul.start_import.__wrapped__()
+    assert asked == [None]
