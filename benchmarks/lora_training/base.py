@@ -81,7 +81,7 @@ def config(folder: Path, scale: Scale, name: str, **values: Any) -> TrainConfig:
         datasets=[{"path": folder / f"{name}-train.jsonl", "type": "completion"}],
         test_datasets=[{"path": folder / f"{name}-eval.jsonl", "type": "completion"}],
         dataset_prepared_path=folder / "prepared",
-        dataset_processes=None if scale.device == "cuda" else 1,
+        dataset_processes=1,  # workers are forked, and a process that has used a GPU is not to be
         excess_length_strategy="split",
         sequence_len=scale.sequence_len,
         device=scale.device,

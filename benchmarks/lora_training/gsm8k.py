@@ -12,8 +12,7 @@ weights. Both commands are the command line's own, called in this process. Gates
 What is the same? In float32 nothing differs but the rounding of merged weights to the base model's dtype, by a share u
 of each at most (2^-8 in bfloat16). It moves a linear layer's output by less than that share, in a direction that knows
 nothing of the targets, so that the loss of a token rises as often as it falls. The mean over tens of thousands of them
-may move by u / 4 of itself, and by 1e-5 where that is less, what sums in another order cost. Half of an adapter's
-effect would be a hundred times that.
+may move by u / 16 of itself, and by 1e-5 where that is less, what sums in another order cost.
 
 A QLoRA is trained beside weights in 4 bits and merged into the 16-bit ones that these were made from: its loss beside
 those is the one that merging keeps; that beside 4 bits is told too.
@@ -76,7 +75,7 @@ def float32_loss(run: TrainConfig, model: Path, adapter: Path | None = None) -> 
 
 def tolerance(dtype: str) -> float:
     """A share of the loss, for weights that were rounded to `dtype`."""
-    return max(torch.finfo(getattr(torch, dtype)).eps / 8, LEAST_TOLERANCE)
+    return max(torch.finfo(getattr(torch, dtype)).eps / 32, LEAST_TOLERANCE)
 
 
 def demonstrate(adapter: str, base: Base, folder: Path, scale: Scale) -> dict[str, Any]:
