@@ -18,7 +18,8 @@ Shapes: T tokens, R the sum of the ranks, rounded up to `ROOM`: what is beyond i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 
 from chronicals.adapters.unfused import LoRAProjection, Target
 from chronicals.kernels.grad_sink import WeightGradients
+from chronicals.kernels.lora_thin import Block
 from chronicals.models.projection import Projection, widened
 
 ROOM = 16  # elements: rows of wide buffers begin at multiples that matmuls ask for (8) and Triton knows of (16)
@@ -46,7 +48,12 @@ class JoinedLoRA(LoRAProjection):
     def __init__(self, base: Projection, targets: Mapping[str, Target]) -> None:
         super().__init__(base, targets)
         ranks = [target.r for target in targets.values()]
-        self.rank = sum(ranks)
+        starts = [0, *itertools.accumulate(ranks)]
+        self.blocks = [
+            Block(target.part.start, target.out_features, start, target.r)
+            for target, start in zip(targets.values(), starts, strict=False)
+        ]
+        self.rank = starts[-1]
         self.in_room = self.out_room = -(-self.rank // ROOM) * ROOM
         self._join()
         scalings = [target.scaling for target in targets.values()]
@@ -76,29 +83,23 @@ class JoinedLoRA(LoRAProjection):
 
     def placements(self) -> Iterator[tuple[Tensor, Tensor]]:
         rows, columns = self.weight.shape
-        start = 0
-        for target, a, b in self.adapters():
-            stop = start + target.r
-            yield a, self.joined[rows + start : rows + stop, :columns]
-            yield b, self.joined[target.part, columns + start : columns + stop]
-            start = stop
+        a_stack, b_stack = self.joined[rows:, :columns], self.joined[:rows, columns:]
+        for block, (_, a, b) in zip(self.blocks, self.adapters(), strict=True):
+            yield a, a_stack[block.ranks]
+            yield b, b_stack[block.outputs, block.ranks]
 
-    def _thin(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
-        """`out = s * x @ matrix`."""
-        torch.addmm(out, x, matrix, beta=0, alpha=self.alpha, out=out)
-        if self.scales is not None:
-            out.mul_(self.scales)
-
-    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def operands(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows, columns = self.weight.shape
         left = widened(x, self.in_room)
-        self._thin(x, self.joined[rows:, :columns].t(), left[:, columns:])
+        t = left[:, columns:]
+        self.ops.lora_down(x, self.joined[rows:, :columns], alpha=self.alpha, scales=self.scales, out=t, copy=kept)
         return left, self.joined[:rows]
 
     def grad_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = self.weight.shape
         left = widened(d_out, self.out_room)
-        self._thin(d_out, self.joined[:rows, columns:], left[:, rows:])
+        b, u = self.joined[:rows, columns:], left[:, rows:]
+        self.ops.lora_up_backward(d_out, b, self.blocks, alpha=self.alpha, scales=self.scales, out=u)
         return left, self.joined[:, :columns]
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -119,9 +120,10 @@ class JoinedLoRA(LoRAProjection):
     def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
         assert kept is not None, "t goes with x"
         u = widened(d_out, self.out_room)[:, d_out.shape[1] :]
-        gradients.stacked([a for _, a, _ in self.adapters()], u[:, : self.rank].t(), x)
-        start = 0
-        for target, _, b in self.adapters():
-            gradients.matmul(b, d_out[:, target.part].t(), kept[:, start : start + target.r])
-            start += target.r
+        pairs = [(a, b) for _, a, b in self.adapters()]
+
+        def write(buffers: Sequence[Tensor | None], add: bool) -> None:
+            self.ops.lora_grads(d_out, u, x, kept, self.blocks, buffers[::2], buffers[1::2], add=add)
+
+        gradients.together([parameter for pair in pairs for parameter in pair], write)
         self.bias_grad(d_out, gradients)

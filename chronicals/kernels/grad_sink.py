@@ -187,17 +187,6 @@ def vector_into(buffer: Tensor, add: bool, gradient: Tensor) -> None:
     buffer.add_(gradient) if add else buffer.copy_(gradient)
 
 
-def one_below_the_other(matrices: Sequence[Tensor]) -> Tensor | None:
-    """Contiguous matrices (m, K) as one (M, K), where each begins where the one before it ends; else None."""
-    first, end = matrices[0], matrices[0].data_ptr()
-    for matrix in matrices:
-        if matrix.data_ptr() != end or matrix.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return None
-        end += matrix.numel() * matrix.element_size()
-    rows = sum(len(matrix) for matrix in matrices)
-    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
-
-
 class WeightGradients:
     """The weight gradients of one backward call: written into the sink one by one, returned to autograd together."""
 
@@ -212,23 +201,18 @@ class WeightGradients:
             matmul_into(buffer, add, left, right)
             self._returned[parameter] = self.sink.close(parameter, buffer)
 
-    def stacked(self, parameters: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
-        """`left @ right` is the gradient of these parameters, one below the other: one matmul where their buffers lie
-        so. (M, N), (N, K); parameters (m, K), M rows together."""
-        rows = [len(parameter) for parameter in parameters]
-        if not all(parameter.requires_grad for parameter in parameters):
-            for parameter, part in zip(parameters, left.split(rows), strict=True):
-                self.matmul(parameter, part, right)
+    def together(
+        self, parameters: Sequence[Tensor], write: Callable[[Sequence[Tensor | None], bool], None]
+    ) -> None:
+        """`write(buffers, add)` writes the gradients of these parameters, or adds to them; None stands for a frozen
+        one."""
+        opened = {parameter: self.sink.open(parameter) for parameter in parameters if parameter.requires_grad}
+        if not opened:
             return
-        opened = [self.sink.open(parameter) for parameter in parameters]
-        whole = one_below_the_other([buffer for buffer, _ in opened])
-        if whole is None:
-            for (buffer, add), part in zip(opened, left.split(rows), strict=True):
-                matmul_into(buffer, add, part, right)
-        else:
-            assert len({add for _, add in opened}) == 1, "written alike, as one"
-            matmul_into(whole, opened[0][1], left, right)
-        for parameter, (buffer, _) in zip(parameters, opened, strict=True):
+        adds = {add for _, add in opened.values()}
+        assert len(adds) == 1, "some were written before"
+        write([opened[parameter][0] if parameter in opened else None for parameter in parameters], adds.pop())
+        for parameter, (buffer, _) in opened.items():
             self._returned[parameter] = self.sink.close(parameter, buffer)
 
     def place(self, parameter: Tensor, parts: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chronicals.kernels import column_sums, dora, embedding, glu, lora, nf4, rmsnorm, rope
+from chronicals.kernels import column_sums, dora, embedding, glu, lora, lora_thin, nf4, rmsnorm, rope
 from chronicals.kernels.attention import AttentionBackend, ByDevice
 from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy
@@ -40,6 +40,9 @@ class Ops:
     glu_backward: Callable[..., Tensor]
     glu_matmul: MatmulThenGLU
     place_adapters: Callable[..., Callable[[], None]]
+    lora_down: Callable[..., None]
+    lora_up_backward: Callable[..., None]
+    lora_grads: Callable[..., None]
     nf4_dequantize: Callable[..., Tensor]
     lora_dropout: Callable[..., LoRADropout]
     dora_scales: Callable[..., Callable[[], None]]
@@ -65,6 +68,9 @@ REFERENCE = Ops(
     glu_backward=glu.glu_backward,
     glu_matmul=MatmulThenGLU(glu.glu_forward, glu.glu_backward),
     place_adapters=lora.place_adapters,
+    lora_down=lora_thin.lora_down,
+    lora_up_backward=lora_thin.lora_up_backward,
+    lora_grads=lora_thin.lora_grads,
     nf4_dequantize=nf4.dequantize,
     lora_dropout=LoRADropout,
     dora_scales=dora.dora_scales,
@@ -100,6 +106,7 @@ def fused(
         glu_matmul,
         linear_cross_entropy,
         lora_dropout,
+        lora_thin,
         nf4,
         place_adapters,
         rmsnorm,
@@ -122,6 +129,9 @@ def fused(
         glu_backward=glu.glu_backward,
         glu_matmul=glu_matmul.matmul_for(torch.device(device), dtype),
         place_adapters=place_adapters.place_adapters,
+        lora_down=lora_thin.lora_down,
+        lora_up_backward=lora_thin.lora_up_backward,
+        lora_grads=lora_thin.lora_grads,
         nf4_dequantize=nf4.dequantize,
         lora_dropout=lora_dropout.FusedLoRADropout,
         dora_scales=dora.dora_scales,
