@@ -88,11 +88,14 @@ class JoinedLoRA(LoRAProjection):
             yield a, a_stack[block.ranks]
             yield b, b_stack[block.outputs, block.ranks]
 
-    def operands(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def apart(self, x: Tensor) -> Tensor:
+        return x.new_empty(len(x), self.in_room)
+
+    def operands(self, x: Tensor, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows, columns = self.weight.shape
         left = widened(x, self.in_room)
         t = left[:, columns:]
-        self.ops.lora_down(x, self.joined[rows:, :columns], alpha=self.alpha, scales=self.scales, out=t, copy=kept)
+        self.ops.lora_down(x, self.joined[rows:, :columns], alpha=self.alpha, scales=self.scales, out=t, copy=apart)
         return left, self.joined[:rows]
 
     def grad_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,8 +105,8 @@ class JoinedLoRA(LoRAProjection):
         self.ops.lora_up_backward(d_out, b, self.blocks, alpha=self.alpha, scales=self.scales, out=u)
         return left, self.joined[:, :columns]
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return Projection.forward(self, x, out)
+    def forward(self, x: Tensor, out: Tensor | None = None, apart: Tensor | None = None) -> Tensor:
+        return Projection.forward(self, x, out, apart)
 
     def input_grad(self, d_out: Tensor) -> Tensor:
         return Projection.input_grad(self, d_out)

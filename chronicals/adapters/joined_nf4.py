@@ -49,9 +49,9 @@ class JoinedNF4LoRA(JoinedLoRA):
         self.use()
         self._place()
 
-    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def operands(self, x: Tensor, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._fill()
-        return super().operands(x)
+        return super().operands(x, apart)
 
     def grad_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
         self._fill()

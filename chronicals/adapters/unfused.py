@@ -112,7 +112,7 @@ class LoRAProjection(Projection):
         """x' of x (T, in), or of a gradient with respect to x' that with respect to x."""
         return self.dropout(x, target.stream) if self.dropout is not None and self.training else x
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None, apart: Tensor | None = None) -> Tensor:
         out = super().forward(x, out)
         for target, a, b in self.adapters():
             out[:, target.part].addmm_(self.seen(x, target) @ a.t(), b.t(), alpha=target.scaling)
@@ -132,6 +132,7 @@ class LoRAProjection(Projection):
         product: bool = True,
         gate_up: Tensor | None = None,
         out: Tensor | None = None,
+        apart: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         gate_up = self(x, gate_up)
         return gate_up, self.ops.glu_forward(gate_up, activation, out=out) if product else None
@@ -168,7 +169,7 @@ class DoRAProjection(LoRAProjection):
         target = self.targets[name]
         return row_norms(self.use()[target.part], self.lora_A[name], self.lora_B[name], target.scaling)
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None, apart: Tensor | None = None) -> Tensor:
         out = Projection.forward(self, x, out)
         for name, (target, a, b) in zip(self.targets, self.adapters(), strict=True):
             self._norms[name] = self.norms(name)

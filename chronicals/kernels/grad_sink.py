@@ -201,9 +201,7 @@ class WeightGradients:
             matmul_into(buffer, add, left, right)
             self._returned[parameter] = self.sink.close(parameter, buffer)
 
-    def together(
-        self, parameters: Sequence[Tensor], write: Callable[[Sequence[Tensor | None], bool], None]
-    ) -> None:
+    def together(self, parameters: Sequence[Tensor], write: Callable[[Sequence[Tensor | None], bool], None]) -> None:
         """`write(buffers, add)` writes the gradients of these parameters, or adds to them; None stands for a frozen
         one."""
         opened = {parameter: self.sink.open(parameter) for parameter in parameters if parameter.requires_grad}

@@ -252,7 +252,8 @@ class AttentionHalf:
         """All of the forward pass but the last projection."""
         attention = self.attention
         x, normed, rstd = self.norm.add(residual, delta, attention.qkv_proj.in_room)
-        qkv = attention.qkv_proj(normed)
+        apart = attention.qkv_proj.apart(normed) if "normed" in self.dropped else None
+        qkv = attention.qkv_proj(normed, apart=apart)
         turned, q_rstd, k_rstd = attention.turn(qkv, stream)
         out, lse = self.ops.attention.forward(
             *attention.heads(turned),
@@ -261,7 +262,7 @@ class AttentionHalf:
             window=attention.window,
             out=attention.outlet(qkv),
         )
-        return AttentionSaved(x, rstd, normed, None, qkv, turned, q_rstd, k_rstd, out, lse)
+        return AttentionSaved(x, rstd, normed, apart, qkv, turned, q_rstd, k_rstd, out, lse)
 
     def output(self, saved: AttentionSaved) -> Tensor:
         """The last projection: (T, H)."""
@@ -271,7 +272,7 @@ class AttentionHalf:
         saved = self.record(residual, delta, stream)
         delta = self.output(saved)
         if "normed" in self.dropped:
-            saved = replace(saved, normed=None, normed_kept=_alone(self.attention.qkv_proj, saved.normed))
+            saved = replace(saved, normed=None)
         return saved.x, delta, saved
 
     def backward(
@@ -312,33 +313,32 @@ class MLPHalf:
     def parameters(self) -> Iterator[nn.Parameter]:
         return chain(self.norm.parameters(), self.mlp.parameters())
 
-    def glu(self, normed: Tensor, *, product: bool = True) -> tuple[Tensor, Tensor | None]:
+    def glu(self, normed: Tensor, *, product: bool = True, apart: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(T, H) -> gate and up (T, 2F), where their gradient will lie too, and the product (T, F) where it is
         wanted."""
         gate_up_proj, down_proj = self.mlp.gate_up_proj, self.mlp.down_proj
         gate_up = outlet(normed, gate_up_proj.weight.shape[0], gate_up_proj.out_room)
         out = outlet(normed, down_proj.weight.shape[1], down_proj.in_room if product else 0)
-        return gate_up_proj.glu(normed, self.activation, product=product, gate_up=gate_up, out=out)
+        return gate_up_proj.glu(normed, self.activation, product=product, gate_up=gate_up, out=out, apart=apart)
 
     def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> MLPSaved:
         """All of the forward pass but the last projection."""
         x, normed, rstd = self.norm.add(residual, delta, self.mlp.gate_up_proj.in_room)
-        return MLPSaved(x, rstd, normed, None, *self.glu(normed), None)
+        gate_up_again = "gate_up" in self.dropped  # and with it what stands behind `normed`
+        apart = self.mlp.gate_up_proj.apart(normed) if "normed" in self.dropped and not gate_up_again else None
+        return MLPSaved(x, rstd, normed, apart, *self.glu(normed, apart=apart), None)
 
-    def output(self, saved: MLPSaved) -> Tensor:
-        """The last projection: (T, H)."""
+    def output(self, saved: MLPSaved, *, apart: bool) -> tuple[Tensor, Tensor | None]:
+        """The last projection: (T, H), and what it left behind the product where that is wanted `apart`."""
         assert saved.product is not None
-        return self.mlp.down_proj(saved.product)
+        kept = self.mlp.down_proj.apart(saved.product) if apart else None
+        return self.mlp.down_proj(saved.product, apart=kept), kept
 
     def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, MLPSaved]:
         saved = self.record(residual, delta, stream)
-        delta = self.output(saved)
-        if "product" in self.dropped:
-            saved = replace(saved, product=None, product_kept=_alone(self.mlp.down_proj, saved.product))
-        if "gate_up" in self.dropped:  # with it comes again what stands behind `normed`
-            saved = replace(saved, normed=None, gate_up=None)
-        elif "normed" in self.dropped:
-            saved = replace(saved, normed=None, normed_kept=_alone(self.mlp.gate_up_proj, saved.normed))
+        delta, product_kept = self.output(saved, apart="product" in self.dropped)
+        dropped: dict[str, Any] = dict.fromkeys(self.dropped)
+        saved = replace(saved, product_kept=product_kept, **dropped)
         return saved.x, delta, saved
 
     def backward(
@@ -354,12 +354,6 @@ class MLPHalf:
         del again, product
         kept = _kept(gate_up_proj, normed, saved.normed_kept)
         return _behind_norm(norm, gate_up_proj, saved, normed, kept, gate_up, d, gradients, room)
-
-
-def _alone(projection: Projection, x: Tensor | None) -> Tensor | None:
-    """What the projection left behind x, without x."""
-    kept = None if x is None else projection.kept(x)
-    return None if kept is None else kept.contiguous()
 
 
 def _kept(projection: Projection, x: Tensor | None, alone: Tensor | None) -> Tensor | None:
@@ -409,8 +403,8 @@ class WholeLayer:
 
     def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, LayerSaved]:
         first, second = self.record(residual, delta, stream)
-        delta = self.mlp.output(second)
-        return second.x, delta, LayerSaved(first.x, _alone(self.mlp.mlp.down_proj, second.product))
+        delta, product_kept = self.mlp.output(second, apart=True)
+        return second.x, delta, LayerSaved(first.x, product_kept)
 
     def backward(
         self, saved: LayerSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None

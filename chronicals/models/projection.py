@@ -87,18 +87,23 @@ class Projection(nn.Module):
         """(out, in): the weight to multiply by, until another projection is used."""
         return self.store.into(self.weight)
 
-    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def apart(self, x: Tensor) -> Tensor | None:
+        """For `operands` to write: what `weight_grads` will want that stands behind x, for whoever does not keep x.
+        None: nothing."""
+        return None
+
+    def operands(self, x: Tensor, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(T, in) -> left and right of `y = left @ right.T + bias`, for a matmul that has more to do; fills the room
-        behind x."""
+        behind x, and `apart`."""
         return x, self.use()
 
     def grad_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
         """(T, out) -> left and right of `dx = left @ right`; fills the room behind d_out."""
         return d_out, self.use()
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """(T, in) -> (T, out), written to `out` where given."""
-        left, right = self.operands(x)
+    def forward(self, x: Tensor, out: Tensor | None = None, apart: Tensor | None = None) -> Tensor:
+        """(T, in) -> (T, out), written to `out` where given; `apart` as in `operands`."""
+        left, right = self.operands(x, apart)
         if out is None:
             return F.linear(left, right, self.bias)
         if self.bias is None:
@@ -111,7 +116,7 @@ class Projection(nn.Module):
         return left @ right
 
     def kept(self, x: Tensor) -> Tensor | None:
-        """What `weight_grads` will want of what `forward` left behind x: a view, or None."""
+        """The same where x is kept: a view of what stands behind it, or None."""
         return None
 
     def glu(
@@ -122,11 +127,12 @@ class Projection(nn.Module):
         product: bool = True,
         gate_up: Tensor | None = None,
         out: Tensor | None = None,
+        apart: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` to (T, out), the gate's columns and then up's, and where it is wanted their product (T, out / 2);
         written to `gate_up` and `out` where given."""
         return self.ops.glu_matmul.forward(
-            *self.operands(x), activation, bias=self.bias, product=product, gate_up=gate_up, out=out
+            *self.operands(x, apart), activation, bias=self.bias, product=product, gate_up=gate_up, out=out
         )
 
     def glu_grad_(self, d_out: Tensor, gate_up: Tensor, activation: str, *, again: bool) -> Tensor | None:

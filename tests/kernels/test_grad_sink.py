@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from chronicals.kernels import grad_sink
 from chronicals.kernels.column_sums import reduce_partials
 from chronicals.kernels.grad_sink import (
     Autograd,
@@ -139,31 +139,32 @@ def test_scratch_is_room_of_gradients_that_come_later() -> None:
     assert InPlace(buffers, accumulate=False).scratch(head) is None
 
 
-@pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("accumulate", [True, False])
-def test_gradients_of_stacked_parameters_are_one_matmul_where_they_lie_so(
-    monkeypatch: pytest.MonkeyPatch, beside: bool, accumulate: bool
-) -> None:
-    calls = []
-    whole = grad_sink.matmul_into
-    monkeypatch.setattr(grad_sink, "matmul_into", lambda *args: (calls.append(args), whole(*args)))
+def test_gradients_written_together(accumulate: bool) -> None:
     parameters = [torch.nn.Parameter(torch.randn(rows, 5)) for rows in (2, 1, 3)]
-    flat, step = torch.zeros(50), 0 if beside else 1
-    starts = [0, 10 + step, 15 + 2 * step]
-    buffers = [flat[start : start + p.numel()].view(p.shape) for p, start in zip(parameters, starts, strict=True)]
-    sink = InPlace(dict(zip(parameters, buffers, strict=True)), accumulate=accumulate)
-    left, right = torch.randn(6, 7), torch.randn(7, 5)
+    values = [torch.randn_like(parameter) for parameter in parameters]
+
+    def write(buffers: Sequence[Tensor | None], add: bool) -> None:
+        for buffer, value in zip(buffers, values, strict=True):
+            if buffer is not None:
+                vector_into(buffer, add, value)
+
+    sink = InPlace({parameter: torch.zeros_like(parameter) for parameter in parameters}, accumulate=accumulate)
     for times in (1, 2):
         sink.start()
         gradients = WeightGradients(sink)
-        gradients.stacked(parameters, left, right)
-        expected = left @ right * (times if accumulate else 1)
-        torch.testing.assert_close(torch.cat(buffers), expected)
+        gradients.together(parameters, write)
+        for parameter, value in zip(parameters, values, strict=True):
+            torch.testing.assert_close(sink.buffers[parameter], value * (times if accumulate else 1))
         assert gradients.of(parameters) == (None, None, None)
-    assert len(calls) == (2 if beside else 6)
     parameters[1].requires_grad_(False)
     gradients = WeightGradients(Autograd())
-    gradients.stacked(parameters, left, right)
+    gradients.together(parameters, write)
     first, frozen, last = gradients.of(parameters)
     assert frozen is None and first is not None and last is not None
-    torch.testing.assert_close(torch.cat((first, last)), (left @ right)[[0, 1, 3, 4, 5]])
+    assert torch.equal(first, values[0]) and torch.equal(last, values[2])
+
+
+def test_nothing_is_written_together_where_all_is_frozen() -> None:
+    gradients = WeightGradients(Autograd())
+    gradients.together([torch.nn.Parameter(torch.zeros(2), requires_grad=False)], lambda *_: pytest.fail("written"))

@@ -1,0 +1,100 @@
+"""LoRA's thin matmuls compile for every GPU we promise, as they are cut, within its shared memory; on Hopper they are
+warpgroups' matmuls fed 16 bytes at a time, and no program counts itself before all its threads have stored."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from chronicals.kernels.fused import lora_thin as fused
+from tests.kernels.aot import TARGETS, Compiled, compile_all
+
+BLOCKS = {f"{name}{part}": "i32:16" for part in range(3) for name in ("first", "columns", "start", "rank")}
+DOWNS = {"down": fused.DOWN, "long": fused.DOWN_LONG, "up": fused.UP, "up, long": fused.UP_LONG}
+
+
+def compiled(
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    config: fused.Config,
+    size: int,
+    split: bool,
+) -> dict[str, Compiled]:
+    """On each target with as many stages as a launch there would have; `size` bytes are one stage."""
+    workspace = {"PARTIAL": "*fp32", "COUNTER": "*i32"}
+    signature = signature | dict.fromkeys(("chunk",), "i32:16") | BLOCKS | (workspace if split else {})
+    constexprs = constexprs | ({} if split else dict.fromkeys(workspace)) | {"SPLIT": split}
+    constexprs |= {"ROWS": config.rows, "COLUMNS": config.columns, "COLUMN_ALIGN": 16, "RANK_ALIGN": 16}
+    found = {}
+    for name, target in TARGETS.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "device_limits", lambda _, limit=target[1]: (132, limit))
+            stages = fused._stages(config, size, torch.device("cpu"))
+        found |= compile_all(
+            kernel, signature, constexprs | {"STAGES": stages}, num_warps=config.warps, targets={name: target}
+        )
+    return found
+
+
+def check_counting(assembly: str) -> None:
+    """Between the parts' stores and the counter, and between the counter and the others' parts, all threads wait."""
+    lines = [line for line in assembly.splitlines() if re.search(r"\s(st\.global|ld\.global|bar\.sync|atom\.)", line)]
+    atomics = [i for i, line in enumerate(lines) if "atom." in line]
+    assert atomics and all("acq_rel" in lines[i] and ".gpu." in lines[i] for i in atomics)
+    assert all("bar.sync" in lines[i - 1] and "bar.sync" in lines[i + 1] for i in atomics)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("name", "width"), [("down", 128), ("long", 32), ("up", 32), ("up, long", 128)])
+def test_down(monkeypatch: pytest.MonkeyPatch, name: str, width: int, split: bool) -> None:
+    config, across = DOWNS[name], not name.startswith("up")
+    signature = dict.fromkeys(("X", "RIGHT", "OUT", *(["COPY"] if across else [])), "*bf16")
+    signature |= {"alpha": "fp32", "tokens": "i32"} | ({} if across else {"SCALES": "*fp32"})
+    signature |= dict.fromkeys(("x_stride", "right_stride", "out_stride", "copy_stride"), "i32:16")
+    constexprs = {"ACROSS": across, "WIDTH": width, **({"SCALES": None} if across else {"COPY": None})}
+    size = (config.rows + width) * config.columns * 2
+    found = compiled(monkeypatch, fused.lora_down_kernel, signature, constexprs, config, size, split)
+    assert found["sm_90"].stack == found["sm_80"].stack == 0
+    assert "cp.async.cg" in found["sm_90"].assembly and "cp.async.ca" not in found["sm_90"].assembly
+    assert "wgmma" in found["sm_90"].assembly or config.rows < 64
+    if split:
+        check_counting(found["sm_90"].assembly)
+
+
+@pytest.mark.parametrize(
+    ("config", "parts", "widths", "split"),
+    [(fused.GRADS, 3, (128, 32), True), (fused.GRADS_LONG, 2, (64, 32), True), (fused.GRADS, 1, (32, 32), False)],
+)
+def test_grads(
+    monkeypatch: pytest.MonkeyPatch, config: fused.Config, parts: int, widths: tuple[int, int], split: bool
+) -> None:
+    outs = [f"{name}{part}" for part in range(3) for name in ("DA", "DB")]
+    signature = dict.fromkeys(("D", "U", "X", "T", *outs[: 2 * parts]), "*bf16") | {"tokens": "i32"}
+    sizes = ("d_stride", "u_stride", "x_stride", "t_stride", "inputs", "ranks")
+    signature |= dict.fromkeys(sizes, "i32:16")
+    constexprs = dict.fromkeys(outs[2 * parts :]) | {"ADD": parts == 1, "A_WIDTH": widths[0], "B_WIDTH": widths[1]}
+    size = (config.columns + max(widths)) * config.rows * 2
+    found = compiled(monkeypatch, fused.lora_grads_kernel, signature, constexprs, config, size, split)
+    assembly = found["sm_90"].assembly
+    assert found["sm_90"].stack == 0
+    assert "wgmma" in assembly and "cp.async.cg" in assembly and "cp.async.ca" not in assembly
+    if split:
+        check_counting(assembly)
+
+
+@pytest.mark.parametrize("kind", ["*fp32", "*fp16:1"])
+def test_other_forms(kind: str) -> None:
+    """Float32, and sizes, ranks and addresses that nothing is known of."""
+    config = fused.FLOAT32 if kind == "*fp32" else fused.DOWN
+    names = ("x_stride", "right_stride", "out_stride", "copy_stride", "chunk", *BLOCKS)
+    signature = dict.fromkeys(("X", "RIGHT", "OUT", "COPY"), kind) | {"SCALES": "*fp32"}
+    signature |= {"alpha": "fp32", "tokens": "i32"} | dict.fromkeys(names, "i32")
+    constexprs = {"ACROSS": True, "WIDTH": 32, "SPLIT": False, "PARTIAL": None, "COUNTER": None}
+    constexprs |= {"ROWS": config.rows, "COLUMNS": config.columns, "COLUMN_ALIGN": 1, "RANK_ALIGN": 1, "STAGES": 2}
+    targets = {name: TARGETS[name] for name in ("sm_80", "sm_90", "gfx942")}
+    compile_all(fused.lora_down_kernel, signature, constexprs, num_warps=config.warps, targets=targets)

@@ -1,0 +1,37 @@
+"""LoRA's thin matmuls in plain PyTorch, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chronicals.kernels.ops import REFERENCE
+from tests.kernels.thin_cases import Case, worst
+
+QKV, Q_AND_V = ((24, 5), (8, 3), (9, 1)), ((24, 5), (8, 0), (9, 4))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("parts", [QKV, Q_AND_V, ((7, 2),)])
+def test_values(parts: tuple[tuple[int, int], ...], alike: bool) -> None:
+    case = Case(13, 10, parts, alike=alike, dtype=torch.float32)
+    t, copy, u = case.thin(REFERENCE)
+    assert torch.equal(t, copy)
+    assert worst((t, u), case.exact_thin()) < 1e-6
+    assert worst(case.grads(REFERENCE, copy, u), case.exact_grads(t, u)) < 1e-6
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("add", [False, True])
+def test_gradients_of_bf16(kept: torch.dtype, add: bool) -> None:
+    case = Case(13, 10, QKV, dtype=torch.bfloat16)
+    t, _, u = case.thin(REFERENCE)
+    found = case.grads(REFERENCE, t, u, add=add, kept=kept)
+    assert worst(found, case.exact_grads(t, u, add=add)) < {torch.float32: 1e-6, torch.bfloat16: 1e-2}[kept]
+
+
+def test_a_frozen_adapter_is_left_out() -> None:
+    case = Case(13, 10, QKV, dtype=torch.float32)
+    t, _, u = case.thin(REFERENCE)
+    found = case.grads(REFERENCE, t, u, frozen=2)
+    assert found[2] is None and worst(found, case.exact_grads(t, u)) < 1e-6

@@ -1,0 +1,91 @@
+"""Projections with adapters for tests of LoRA's thin matmuls: operands, and what comes of them in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chronicals.kernels.lora_thin import Block
+from tests.kernels.numerics import relative_error
+
+
+class Case:
+    """Everything of one projection, in buffers with room as a model has them, beside NaN.
+
+    Args:
+        tokens, inputs: of x.
+        parts: columns of each part, and the rank of its adapter, 0 for none.
+        alike: one scale for all.
+        options: dtype and device.
+    """
+
+    def __init__(
+        self, tokens: int, inputs: int, parts: Sequence[tuple[int, int]], *, alike: bool = True, **options: Any
+    ) -> None:
+        columns, ranks, self.blocks = 0, 0, []
+        for width, rank in parts:
+            if rank:
+                self.blocks.append(Block(columns, width, ranks, rank))
+            columns, ranks = columns + width, ranks + rank
+        self.inputs, self.outputs, self.room = inputs, columns, -(-ranks // 16) * 16
+        self.joined = torch.zeros(columns + self.room, inputs + self.room, **options)
+        self.a, self.b = self.joined[columns:, :inputs], self.joined[:columns, inputs:]
+        for block in self.blocks:
+            self.a[block.ranks] = torch.randn(block.rank, inputs, **options) / inputs**0.5
+            self.b[block.outputs, block.ranks] = torch.randn(block.columns, block.rank, **options) / block.columns**0.5
+        self.x, self.d = (self.wide(tokens, width, options) for width in (inputs, columns))
+        scales = torch.rand(self.room, device=options.get("device")) + 0.5
+        self.scaling: dict[str, Any] = {"alpha": 0.5, "scales": None if alike else scales}
+        self.options = options
+
+    def wide(self, tokens: int, width: int, options: dict[str, Any]) -> Tensor:
+        """Room behind each row and one row behind the last, all NaN."""
+        wide = torch.full((tokens + 1, width + self.room), float("nan"), **options)
+        wide[:tokens, :width] = torch.randn(tokens, width, **options)
+        return wide
+
+    def thin(self, ops: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """t, its copy, and u."""
+        tokens = len(self.x) - 1
+        t, u = self.x[:tokens, self.inputs :], self.d[:tokens, self.outputs :]
+        copy = torch.full((tokens, self.room), float("nan"), **self.options)
+        ops.lora_down(self.x[:tokens, : self.inputs], self.a, **self.scaling, out=t, copy=copy)
+        ops.lora_up_backward(self.d[:tokens, : self.outputs], self.b, self.blocks, **self.scaling, out=u)
+        assert bool(self.x[tokens].isnan().all()) and bool(self.d[tokens].isnan().all()), "written behind the last row"
+        return t, copy, u
+
+    def exact_thin(self) -> tuple[Tensor, Tensor]:
+        x, d = self.x[:-1, : self.inputs].double(), self.d[:-1, : self.outputs].double()
+        s = 0.5 * (1 if self.scaling["scales"] is None else self.scaling["scales"].double())
+        return s * (x @ self.a.double().t()), s * (d @ self.b.double())
+
+    def grads(
+        self, ops: Any, t: Tensor, u: Tensor, *, add: bool = False, kept: torch.dtype | None = None, frozen: int = -1
+    ) -> list[Tensor | None]:
+        """Of each adapter's A and B; `frozen` is the place of one that is not wanted."""
+        options = self.options | {"dtype": kept or self.options["dtype"]}
+        shapes = [s for block in self.blocks for s in ((block.rank, self.inputs), (block.columns, block.rank))]
+        flat = torch.full((sum(m * n + 16 for m, n in shapes),), 1.0 if add else float("nan"), **options)
+        out, at = [], 16
+        for i, (m, n) in enumerate(shapes):
+            out.append(None if i == frozen else flat[at : at + m * n].view(m, n))
+            at += m * n + 16
+        before = flat.clone()
+        x, d = self.x[:-1, : self.inputs], self.d[:-1, : self.outputs]
+        ops.lora_grads(d, u, x, t, self.blocks, out[::2], out[1::2], add=add)
+        changed = sum(gradient.numel() for gradient in out if gradient is not None)
+        same = (flat == before) | (flat.isnan() & before.isnan())
+        assert int((~same).sum()) <= changed and bool(same[:16].all()), "written beside"
+        return out
+
+    def exact_grads(self, t: Tensor, u: Tensor, *, add: bool = False) -> list[Tensor]:
+        x, d, t, u = (m.double() for m in (self.x[:-1, : self.inputs], self.d[:-1, : self.outputs], t, u))
+        pairs = [(u[:, b.ranks].t() @ x, d[:, b.outputs].t() @ t[:, b.ranks]) for b in self.blocks]
+        return [gradient + float(add) for pair in pairs for gradient in pair]
+
+
+def worst(found: Sequence[Tensor | None], exact: Sequence[Tensor]) -> float:
+    return max(relative_error(f, e) for f, e in zip(found, exact, strict=True) if f is not None)
