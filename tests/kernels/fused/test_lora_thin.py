@@ -49,8 +49,10 @@ def check_counting(assembly: str) -> None:
     assert all("bar.sync" in lines[i - 1] and "bar.sync" in lines[i + 1] for i in atomics)
 
 
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize(("name", "width"), [("down", 128), ("long", 32), ("up", 32), ("up, long", 128)])
+@pytest.mark.parametrize(
+    ("name", "width", "split"),
+    [("down", 128, True), ("long", 32, False), ("up", 32, True), ("up, long", 128, False)],
+)
 def test_down(monkeypatch: pytest.MonkeyPatch, name: str, width: int, split: bool) -> None:
     config, across = DOWNS[name], not name.startswith("up")
     signature = dict.fromkeys(("X", "RIGHT", "OUT", *(["COPY"] if across else [])), "*bf16")
