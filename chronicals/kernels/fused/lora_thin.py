@@ -48,9 +48,9 @@ class Config(NamedTuple):
 
 
 LONG = 8192  # tokens from which on a launch has much to do
-DOWN, DOWN_LONG = Config(64, 64, 4, 4, 2), Config(64, 64, 4, 4, 1)
-UP, UP_LONG = Config(64, 64, 4, 4, 2), Config(64, 64, 4, 4, 1)
-GRADS, GRADS_LONG = Config(64, 64, 4, 4, 2), Config(64, 128, 4, 3, 4)
+DOWN, DOWN_LONG = Config(64, 128, 4, 3, 1), Config(64, 64, 4, 7, 1)
+UP = Config(64, 64, 4, 7, 1)
+GRADS, GRADS_LONG = Config(128, 64, 4, 3, 1), Config(64, 128, 4, 4, 1)
 FLOAT32 = Config(32, 32, 4, 2, 1)  # whose products are exact, and therefore not tensor cores': right, and slow
 
 
@@ -338,7 +338,7 @@ def lora_up_backward(
     d_out: Tensor, b: Tensor, blocks: Sequence[Block], *, alpha: float, scales: Tensor | None = None, out: Tensor
 ) -> None:
     """As `chronicals.kernels.lora_thin.lora_up_backward`, in one launch."""
-    config = FLOAT32 if d_out.dtype == torch.float32 else UP_LONG if len(d_out) >= LONG else UP
+    config = FLOAT32 if d_out.dtype == torch.float32 else UP
     *others, last = blocks
     blocks = [*others, last._replace(rank=out.shape[1] - last.start)]  # zeros beyond it are its own
     launch_down(config, d_out, b, blocks, alpha, scales, out, None, across=False)
