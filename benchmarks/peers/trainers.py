@@ -1,7 +1,9 @@
 """Peers' own trainers on the work `gsm8k`: Unsloth packed and as it comes, TRL with Liger's kernels, padded.
 
 Each by its documentation for full fine-tuning where memory suffices: bf16 weights, fused AdamW, no gradient
-checkpointing. What is counted and when is said in benchmarks/step/sft.py.
+checkpointing. What is counted and when is said in benchmarks/step/sft.py. Once imported, Unsloth changes the defaults
+of TRL's config, two micro-batches a step among them: what all arms share is said here, and that a step trained one
+batch is checked.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ def train(spec: SftSpec, folder: Path, file: Path, started: float, turns: Turns)
     check_moved({name: p.detach() for name, p in trainer.model.named_parameters()}, folder / "model.safetensors")
     logged = [row for row in trainer.state.log_history if "loss" in row]
     logs = {name: {"first": float(logged[0][name]), "last": float(logged[-1][name])} for name in ("loss", "grad_norm")}
+    counted.one_a_step(MARKS[-1])
     tokens = {step: sum(counted.tokens[:step]) for step in MARKS}
     fill = sum(counted.tokens[: MARKS[-1]]) / sum(counted.slots[: MARKS[-1]])
     chosen = {"attention": str(getattr(model.config, "_attn_implementation", "")), "fill": f"{fill:.1%}"}
@@ -70,10 +73,12 @@ def _trainer(spec: SftSpec, model: Any, tokenizer: Any, file: Path) -> Any:
         max_length=LENGTH,
         packing=spec.packing,
         per_device_train_batch_size=SLOTS if spec.packing else DOCUMENTS,
+        gradient_accumulation_steps=1,
         max_steps=MARKS[-1],
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
+        weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=True,
         gradient_checkpointing=False,
@@ -108,6 +113,11 @@ class _Counted:
             return batch
 
         return collate
+
+    def one_a_step(self, steps: int) -> None:
+        """AssertionError where steps took more batches than one; loaders run ahead by a few."""
+        made = len(self.tokens)
+        assert steps <= made < 1.5 * steps, f"{made} batches were made for {steps} steps: one each is what is counted"
 
 
 def _clock(started: float, memory: Memory, turns: Turns) -> Any:

@@ -92,6 +92,16 @@ def test_padding_is_not_counted() -> None:
     assert counted.slots == [16, 16, 16]
 
 
+def test_steps_of_several_batches_are_not_counted_as_one() -> None:
+    counted = _Counted()
+    counted.tokens = [4096] * 61  # the loader is one ahead
+    counted.one_a_step(60)
+    for made in (59, 120):
+        counted.tokens = [4096] * made
+        with pytest.raises(AssertionError, match=f"{made} batches were made for 60 steps"):
+            counted.one_a_step(60)
+
+
 def test_gsm8k_needs_its_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--work", "gsm8k"]) == 2
     assert capsys.readouterr().err == "error: gsm8k needs --data FILE, its train.jsonl with question and answer\n"
