@@ -51,6 +51,7 @@ def check_counting(assembly: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "width", "split"),
+    [("down", 128, True), ("long", 32, False), ("up", 32, True), ("up", 128, False)],
 )
 def test_down(monkeypatch: pytest.MonkeyPatch, name: str, width: int, split: bool) -> None:
     config, across = DOWNS[name], not name.startswith("up")
