@@ -49,7 +49,14 @@ def rmsnorm_backward_kernel(
 ) -> None:
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(WEIGHT + cols, mask=cols < hidden, other=0.0).to(tl.float32) + OFFSET
+    if KEPT == 1:
+        weight = tl.load(WEIGHT + cols, mask=cols < hidden, other=0.0).to(tl.float32) + OFFSET
+    else:
+        # As a row of a tile, so that it lies in threads as tiles do. Loaded by itself it is spread over all threads, and
+        # what comes from shared memory would follow it: a row over all warps, and a barrier in each sum.
+        row = tl.arange(0, ROWS)[:, None]
+        weight = tl.load(WEIGHT + row * 0 + cols, mask=(row == 0) & (cols < hidden), other=0.0).to(tl.float32)
+        weight = tl.sum(weight, axis=0, keep_dims=True) + OFFSET
     d_weight = tl.zeros((KEPT, BLOCK), tl.float32)
     for start in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[:, None]

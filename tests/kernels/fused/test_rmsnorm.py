@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from chronicals.kernels.fused import rmsnorm as fused
@@ -69,6 +71,23 @@ def test_backward_compiles(block: int) -> None:
             targets={name: (target, shared)},
         ).values()
         assert not compiled.stack
+
+
+@pytest.mark.parametrize(("block", "rows", "passes"), [(64, 32, 2), (128, 16, 2), (256, 8, 2)])
+def test_heads_lie_in_few_threads(block: int, rows: int, passes: int) -> None:
+    """A head is summed by the threads of a part of a warp, also where tiles to come wait in shared memory."""
+    signature, absent = without(BACKWARD, "D_RESIDUAL")
+    (compiled,) = compile_all(
+        rmsnorm_backward.rmsnorm_backward_kernel,
+        signature,
+        {**absent, "OFFSET": 0.0, "HEADS": 14, "ROWS": rows, "BLOCK": block, "KEPT": rows, "STAGES": 3},
+        num_warps=4,
+        targets={"sm_90": TARGETS["sm_90"]},
+    ).values()
+    loop = compiled.assembly[compiled.assembly.index("Inner Loop Header") :]
+    loop = loop[: loop.index("bra")]
+    assert loop.count("shfl.sync") == passes * (block // 8).bit_length() - passes
+    assert re.search(r"cp\.async\.cg\S* \[.*\], 0x10", loop)
 
 
 def test_the_other_forms_compile() -> None:
