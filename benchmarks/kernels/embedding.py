@@ -96,7 +96,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             "embedding", shape, "forward", gathered, inputs.gate, inputs.forward, {"eager": inputs.eager}, target=None
         )
-        read, tiles = 2 * slots * hidden + 12 * slots, -(-slots // BACKWARD.slots)
+        read, tiles = 2 * slots * hidden + 12 * slots, -(-slots // BACKWARD[2].slots)
         for direction, kept, size, eager in (
             ("added", torch.float32, read + 8 * distinct * hidden, inputs.eager_added),
             ("added", torch.bfloat16, read + 4 * distinct * hidden, inputs.eager_added),

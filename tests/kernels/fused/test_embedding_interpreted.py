@@ -10,7 +10,7 @@ from chronicals.kernels.embedding import embedding_reference
 from chronicals.kernels.fused import embedding as fused
 from tests.kernels.numerics import assert_matches, relative_error
 
-SLOTS, TILES = fused.BACKWARD.slots, fused.JOIN.slots
+SLOTS, TILES = fused.BACKWARD[4].slots, fused.JOIN.slots
 
 
 def order(tokens: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def test_values_and_gradients(runs: tuple[int, ...]) -> None:
     )
 
 
-@pytest.mark.parametrize("hidden", [1, 129, fused.BACKWARD.strips * fused.BACKWARD.columns + 7])
+@pytest.mark.parametrize("hidden", [1, 129, fused.BACKWARD[4].strips * fused.BACKWARD[4].columns + 7])
 @pytest.mark.parametrize("slots", [1, 7, 33, 65])
 def test_random_tokens(slots: int, hidden: int) -> None:
     tokens = torch.randint(11, (slots,))
@@ -59,6 +59,29 @@ def test_random_tokens(slots: int, hidden: int) -> None:
         lambda w: embedding_reference(tokens, w),
         [torch.randn(40, hidden)],
     )
+
+
+def test_tiles_of_16_bits() -> None:
+    """They hold more slots: runs that end within a tile, fill tiles, go on."""
+    slots = fused.BACKWARD[2].slots
+    assert slots != SLOTS
+    tokens = of_runs(20, slots, 2 * slots, 1, slots - 1, slots + 1)
+    upstream, grad = torch.randn(len(tokens), 70).half(), torch.empty(6, 70)
+    fused.embedding_backward(upstream, tokens, order(tokens), grad, add=False)
+    assert relative_error(grad, torch.zeros(6, 70).double().index_add_(0, tokens, upstream.double())) < 2e-6
+
+
+@pytest.mark.parametrize("columns", [4, 5, 8])
+@pytest.mark.parametrize("first", [0, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_zeroed_and_nothing_beside_it(columns: int, first: int, dtype: torch.dtype) -> None:
+    """Whether eight bytes at a time or not."""
+    for width in (16, 17):
+        wide, none = torch.ones(3, width, dtype=dtype), torch.zeros(0, dtype=torch.int64)
+        grad = wide[1:, first : first + columns]
+        fused.embedding_backward(torch.empty(0, columns, dtype=dtype), none, none.int(), grad, add=False)
+        assert (grad == 0).all()
+        assert wide.sum() == 3 * width - 2 * columns
 
 
 @pytest.mark.parametrize("add", [False, True])
