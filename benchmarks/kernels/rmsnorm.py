@@ -8,7 +8,8 @@ more); one with a reduction of its own is told beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -117,16 +118,47 @@ def make_qk_backward(rows: int) -> Tensors:
     return t | {"q_rstd": rstd[0], "k_rstd": rstd[1]}
 
 
-def ours_qk_backward(t: Tensors) -> Tensors:
-    """From parts of packed buffers into parts of another: over itself, as in a layer, replays would overflow."""
-    from chronicals.kernels.fused.rmsnorm import reduce_partials, rmsnorm_backward
+def qk_backward(t: Tensors, places: Sequence[Tensor | None] = (None, None)) -> tuple[Tensors, Sequence[Tensor | None]]:
+    """Gradients of q and k, and of their weights in parts. From parts of packed buffers into parts of another: over
+    itself, as in a layer, replays would overflow."""
+    from chronicals.kernels.fused.rmsnorm import qk_rmsnorm_backward
 
-    grads = {}
-    for name, x, d, out in zip("qk", qk_views(t), qk_views(t, "d_qkv"), qk_views(t, "written"), strict=True):
-        grads[f"d{name}"], partial = rmsnorm_backward(d, x, t[f"{name}_rstd"], t["weight"], out=out)
-        assert partial is not None
-        grads[f"d_{name}_weight"] = reduce_partials(partial, torch.bfloat16)
+    queries, keys, width = HEADS
+    d, x, out = (t[name].unflatten(1, (-1, width))[:, : queries + keys] for name in ("d_qkv", "qkv", "written"))
+    rstds, weights = (t["q_rstd"], t["k_rstd"]), (t["weight"], t["weight"])
+    _, partials = qk_rmsnorm_backward(d, x, rstds, weights, queries, out=out, partials=(places[0], places[1]))
+    return dict(zip(("dq", "dk"), qk_views(t, "written"), strict=True)), partials
+
+
+def ours_qk_backward(t: Tensors) -> Tensors:
+    from chronicals.kernels.fused.rmsnorm import reduce_partials
+
+    grads, partials = qk_backward(t)
+    for name, parts in zip(("d_q_weight", "d_k_weight"), partials, strict=True):
+        assert parts is not None
+        grads[name] = reduce_partials(parts, torch.bfloat16)
     return grads
+
+
+class StepQkBackward:
+    """As `StepBackward`, of layers that norm queries and keys: a buffer and a reduction each."""
+
+    def __init__(self) -> None:
+        self.calls, self.partials = 0, torch.empty(0)
+
+    def __call__(self, t: Tensors) -> Tensors:
+        from chronicals.kernels.fused.rmsnorm import partial_programs, reduce_partials
+
+        (queries, _, width), turn = HEADS, self.calls % NORMS
+        if not self.calls:
+            programs = partial_programs(len(t["qkv"]) * queries, width, t["qkv"].device)
+            self.partials = torch.empty(2, NORMS, programs, width, device=t["qkv"].device)
+        self.calls += 1
+        grads, _ = qk_backward(t, self.partials[:, turn].unbind())
+        if turn == NORMS - 1:
+            for name, parts in zip(("d_q_weights", "d_k_weights"), self.partials, strict=True):
+                grads[name] = reduce_partials(parts, torch.float32)
+        return grads
 
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]
@@ -242,18 +274,25 @@ def backward_case(
     return Case(op, shape, "backward", size, gate, arm(make, ours), peers, claim=claim, target=None)
 
 
-def step_backward_case(op: str, shape: str, size: int, make: Make) -> Case:
+def step_backward_case(
+    op: str,
+    shape: str,
+    size: int,
+    make: Make,
+    steps: type[StepBackward | StepQkBackward] = StepBackward,
+    plain: Plain = plain_backward,
+) -> Case:
     """A call is one norm's backward and, on average, its share of the reduction."""
 
     def gate() -> None:
-        norms, step = [make() for _ in range(NORMS)], StepBackward()
+        norms, step = [make() for _ in range(NORMS)], steps()
         ours = [step(t) for t in norms]
         for i, t in enumerate(norms):
-            exact = plain_backward({name: tensor.double() for name, tensor in t.items()}, rmsnorm_reference)()
-            mine = {"dx": ours[i]["dx"], "d_weight": ours[-1]["d_weights"][i]}
-            assert_no_worse(mine, plain_backward(t, rmsnorm)(), exact)
+            exact = plain({name: tensor.double() for name, tensor in t.items()}, rmsnorm_reference)()
+            mine = {name: ours[i][name] if name in ours[i] else ours[-1][f"{name}s"][i] for name in exact}
+            assert_no_worse(mine, plain(t, rmsnorm)(), exact)
 
-    return Case(op, f"{shape}, 1 of {NORMS}", "backward", size, gate, arm(make, StepBackward()))
+    return Case(op, f"{shape}, 1 of {NORMS}", "backward", size, gate, arm(make, steps()))
 
 
 def cases() -> Iterable[Case]:
@@ -285,6 +324,6 @@ def cases() -> Iterable[Case]:
     shape = f"{rows} x {queries}+{keys} x {width}"
     yield forward_case("qk_norm", shape, size, lambda: make_qk(rows), ours_qk, plain_qk)
     size = rows * (queries + keys) * (6 * width + 4)
-    yield backward_case(
-        "qk_norm", shape, size, lambda: make_qk_backward(rows), ours_qk_backward, plain_qk_backward, claim=None
-    )
+    made = partial(make_qk_backward, rows)
+    yield backward_case("qk_norm", shape, size, made, ours_qk_backward, plain_qk_backward, claim=None)
+    yield step_backward_case("qk_norm", shape, size, made, StepQkBackward, plain_qk_backward)

@@ -31,6 +31,7 @@ class Ops:
     add_rmsnorm_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     rmsnorm_recompute: Callable[..., Tensor]
     rmsnorm_backward: Callable[..., tuple[Tensor, Tensor | None]]
+    qk_rmsnorm_backward: Callable[..., tuple[Tensor, tuple[Tensor | None, Tensor | None]]]
     partial_programs: Callable[..., int]
     column_parts: Callable[..., int]
     column_partials: Callable[..., Tensor]
@@ -59,6 +60,7 @@ REFERENCE = Ops(
     add_rmsnorm_forward=rmsnorm.add_rmsnorm_forward,
     rmsnorm_recompute=rmsnorm.rmsnorm_recompute,
     rmsnorm_backward=rmsnorm.rmsnorm_backward,
+    qk_rmsnorm_backward=rmsnorm.qk_rmsnorm_backward,
     partial_programs=rmsnorm.partial_programs,
     column_parts=column_sums.column_parts,
     column_partials=column_sums.column_partials,
@@ -120,6 +122,7 @@ def fused(
         add_rmsnorm_forward=rmsnorm.add_rmsnorm_forward,
         rmsnorm_recompute=rmsnorm.rmsnorm_recompute,
         rmsnorm_backward=rmsnorm.rmsnorm_backward,
+        qk_rmsnorm_backward=rmsnorm.qk_rmsnorm_backward,
         partial_programs=rmsnorm.partial_programs,
         column_parts=column_sums.column_parts,
         column_partials=column_sums.column_partials,

@@ -114,6 +114,47 @@ def rmsnorm_backward(
     return dx.to(x.dtype) if out is None else out.copy_(dx), partial
 
 
+def qk_rmsnorm_backward(
+    d_normed: Tensor,
+    x: Tensor,
+    rstds: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor],
+    queries: int,
+    offset: float = 0.0,
+    *,
+    out: Tensor | None = None,
+    weight_grads: tuple[bool, bool] = (True, True),
+    partials: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """`rmsnorm_backward` of queries and of keys, which lie in one buffer and have a weight each.
+
+    Args:
+        d_normed, x, out: (T, Nq + Nk, D).
+        rstds: (T Nq,) and (T Nk,).
+        queries: Nq.
+        partials: (parts, D) float32 each, as many as `partial_programs` says of T Nq rows: written. None: a new one.
+
+    Returns:
+        (T, Nq + Nk, D) in the dtype of `x`, and (parts, D) each for `reduce_partials`, or None.
+    """
+    out = torch.empty_like(x) if out is None else out
+    q, k = (slice(queries), slice(queries, None))
+    (_, q_partial), (_, k_partial) = (
+        rmsnorm_backward(
+            d_normed[:, heads],
+            x[:, heads],
+            rstds[i],
+            weights[i],
+            offset,
+            out=out[:, heads],
+            weight_grad=weight_grads[i],
+            partial=partials[i],
+        )
+        for i, heads in enumerate((q, k))
+    )
+    return out, (q_partial, k_partial)
+
+
 def partial_programs(rows: int, hidden: int, device: torch.device) -> int:
     """How many parts `rmsnorm_backward` leaves of the gradient of a weight (hidden,)."""
     return 1

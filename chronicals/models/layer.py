@@ -97,23 +97,28 @@ class RMSNorm(nn.Module):
         out: Tensor | None = None,
     ) -> Tensor:
         """The gradient of x, with `d_residual` added."""
-        ops, weight = self.ops, self.weight
-        size = weight.shape[0]
-        parts = ops.partial_programs(x.numel() // size, size, x.device)
-        place = gradients.place(weight, parts)
-        dx, partial = ops.rmsnorm_backward(
+        place = self.place(x.numel() // x.shape[-1], gradients)
+        dx, partial = self.ops.rmsnorm_backward(
             d_normed,
             x,
             rstd,
-            weight,
+            self.weight,
             d_residual=d_residual,
             out=out,
-            weight_grad=weight.requires_grad,
+            weight_grad=self.weight.requires_grad,
             partial=place,
         )
-        if partial is not None and place is None:
-            gradients.sum(weight, partial, ops.reduce_partials)
+        self.sum(partial, place, gradients)
         return dx
+
+    def place(self, rows: int, gradients: WeightGradients) -> Tensor | None:
+        """Where to leave the weight's gradient in parts; None: hand them to `sum`."""
+        return gradients.place(self.weight, self.ops.partial_programs(rows, len(self.weight), self.weight.device))
+
+    def sum(self, partial: Tensor | None, place: Tensor | None, gradients: WeightGradients) -> None:
+        """Adds up the parts that nobody else will."""
+        if partial is not None and place is None:
+            gradients.sum(self.weight, partial, self.ops.reduce_partials)
 
 
 class Attention(nn.Module):
@@ -167,10 +172,21 @@ class NormedAttention(Attention):
 
     def turn_back(self, d_qkv: Tensor, saved: AttentionSaved, stream: Stream, gradients: WeightGradients) -> None:
         super().turn_back(d_qkv, saved, stream, gradients)
-        (q, k, _), (dq, dk, _) = self.heads(saved.qkv), self.heads(d_qkv)
-        assert saved.q_rstd is not None and saved.k_rstd is not None
-        self.q_norm.backward(dq, q, saved.q_rstd, gradients, out=dq)
-        self.k_norm.backward(dk, k, saved.k_rstd, gradients, out=dk)
+        norms = (self.q_norm, self.k_norm)
+        x, d = (t.unflatten(1, (-1, self.width))[:, : self.queries + self.keys] for t in (saved.qkv, d_qkv))
+        places = [norm.place(len(x) * self.queries, gradients) for norm in norms]
+        _, partials = self.ops.qk_rmsnorm_backward(
+            d,
+            x,
+            (saved.q_rstd, saved.k_rstd),
+            [norm.weight for norm in norms],
+            self.queries,
+            out=d,
+            weight_grads=[norm.weight.requires_grad for norm in norms],
+            partials=places,
+        )
+        for norm, partial, place in zip(norms, partials, places, strict=True):
+            norm.sum(partial, place, gradients)
 
 
 class MLP(nn.Module):

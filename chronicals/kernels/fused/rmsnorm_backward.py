@@ -7,6 +7,9 @@ them up in one launch.
 
 A program takes every so many-th tile, so that all of them together sweep through memory as a copy does, and as many
 programs are launched as leave the last round nearly full. Tiles to come are loaded while one is worked on.
+
+Queries and keys of one buffer have a weight each and share a launch: a program sweeps over its tiles of queries, then
+of keys, so that the GPU does not run empty in between.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from torch import Tensor
 
 from chronicals.kernels.fused.launch import balanced, device_limits
 from chronicals.kernels.fused.rows import as_rows, block_for, outlet
+
+Pair = tuple[Tensor, Tensor]  # queries', keys'
+MaybePair = tuple[Tensor | None, Tensor | None]
 
 
 @triton.jit
@@ -52,7 +58,7 @@ def rmsnorm_backward_kernel(
     if KEPT == 1:
         weight = tl.load(WEIGHT + cols, mask=cols < hidden, other=0.0).to(tl.float32) + OFFSET
     else:
-        # As a row of a tile, so that it lies in threads as tiles do. Loaded by itself it is spread over all threads, and
+        # As a row of a tile, so that it lies in threads as tiles do. By itself it would be spread over all threads, and
         # what comes from shared memory would follow it: a row over all warps, and a barrier in each sum.
         row = tl.arange(0, ROWS)[:, None]
         weight = tl.load(WEIGHT + row * 0 + cols, mask=(row == 0) & (cols < hidden), other=0.0).to(tl.float32)
@@ -80,6 +86,83 @@ def rmsnorm_backward_kernel(
         tl.store(PARTIAL + program.to(tl.int64) * hidden + cols, sums, mask=cols < hidden)
 
 
+@triton.jit
+def qk_rmsnorm_backward_kernel(
+    DY: tl.tensor,  # (tokens, QUERIES + KEYS, hidden), as X and DX; the last stride is 1
+    X: tl.tensor,
+    Q_RSTD: tl.tensor,  # (tokens * QUERIES,) float32
+    K_RSTD: tl.tensor,  # (tokens * KEYS,) float32
+    Q_WEIGHT: tl.tensor,  # (hidden,)
+    K_WEIGHT: tl.tensor,
+    DX: tl.tensor,  # may be DY or X
+    Q_PARTIAL: tl.tensor,  # (programs, hidden) float32, or None
+    K_PARTIAL: tl.tensor,
+    tokens: tl.tensor,
+    hidden: tl.tensor,
+    dy_stride: tl.tensor,
+    dy_head: tl.tensor,
+    x_stride: tl.tensor,
+    x_head: tl.tensor,
+    dx_stride: tl.tensor,
+    dx_head: tl.tensor,
+    OFFSET: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    rmsnorm_backward_kernel(
+        DY,
+        X,
+        Q_RSTD,
+        Q_WEIGHT,
+        None,
+        DX,
+        Q_PARTIAL,
+        tokens * QUERIES,
+        hidden,
+        dy_stride,
+        dy_head,
+        x_stride,
+        x_head,
+        0,
+        dx_stride,
+        dx_head,
+        OFFSET,
+        QUERIES,
+        ROWS,
+        BLOCK,
+        KEPT,
+        STAGES,
+    )
+    rmsnorm_backward_kernel(
+        DY + QUERIES * dy_head,
+        X + QUERIES * x_head,
+        K_RSTD,
+        K_WEIGHT,
+        None,
+        DX + QUERIES * dx_head,
+        K_PARTIAL,
+        tokens * KEYS,
+        hidden,
+        dy_stride,
+        dy_head,
+        x_stride,
+        x_head,
+        0,
+        dx_stride,
+        dx_head,
+        OFFSET,
+        KEYS,
+        ROWS,
+        BLOCK,
+        KEPT,
+        STAGES,
+    )
+
+
 class Config(NamedTuple):
     """How the backward is launched."""
 
@@ -92,7 +175,7 @@ class Config(NamedTuple):
 # by the width of a tile
 BACKWARD = {
     64: Config(32, 4, 4),
-    128: Config(16, 4, 4),
+    128: Config(16, 4, 4, 3),
     256: Config(8, 4, 4),
     1024: Config(2, 4, 3, 4),
     2048: Config(2, 8, 2, 3),
@@ -110,6 +193,17 @@ def stages_for(config: Config, bytes_a_row: int, shared: int) -> int:
     """The stages of a backward that loads `bytes_a_row` of a tile, padding included, where a program has `shared`."""
     spare = shared - 16 * 1024  # what reductions take
     return max(1, min(config.stages, 1 + spare // (config.rows * bytes_a_row)))
+
+
+def _parts(given: Tensor | None, wanted: bool, programs: int, x: Tensor) -> Tensor | None:
+    """Where the weight's gradient goes in parts: what was given, or a new tensor; None where it is not wanted."""
+    if given is None:
+        return torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device) if wanted else None
+    assert wanted
+    assert given.shape == (programs, x.shape[-1]), f"{tuple(given.shape)} is not ({programs}, {x.shape[-1]})"
+    assert given.dtype == torch.float32
+    assert given.is_contiguous()
+    return given
 
 
 def partial_programs(rows: int, hidden: int, device: torch.device) -> int:
@@ -158,13 +252,7 @@ def rmsnorm_backward(
     programs = partial_programs(tokens * heads, hidden, x.device)
     assert tokens * heads + programs * config.rows < 2**31
     loaded = [tensor.element_size() for tensor in (d_rows, rows, residual) if tensor is not None]
-    if weight_grad and partial is None:
-        partial = torch.empty(programs, hidden, dtype=torch.float32, device=x.device)
-    assert (partial is not None) == weight_grad
-    if partial is not None:
-        assert partial.shape == (programs, hidden), f"{tuple(partial.shape)} is not ({programs}, {hidden})"
-        assert partial.dtype == torch.float32
-        assert partial.is_contiguous()
+    partial = _parts(partial, weight_grad, programs, x)
     rmsnorm_backward_kernel[(programs,)](
         d_rows,
         rows,
@@ -191,3 +279,71 @@ def rmsnorm_backward(
         num_warps=config.warps,
     )
     return dx, partial
+
+
+def qk_rmsnorm_backward(
+    d_normed: Tensor,
+    x: Tensor,
+    rstds: Pair,
+    weights: Pair,
+    queries: int,
+    offset: float = 0.0,
+    *,
+    out: Tensor | None = None,
+    weight_grads: tuple[bool, bool] = (True, True),
+    partials: MaybePair = (None, None),
+) -> tuple[Tensor, MaybePair]:
+    """`rmsnorm_backward` of queries and of keys, in one launch.
+
+    Args:
+        d_normed: (T, Nq + Nk, D), the gradient of the norms' output.
+        x: (T, Nq + Nk, D), what was normalised.
+        rstds: (T Nq,) and (T Nk,) float32, from the forward.
+        weights: (D,) each.
+        queries: Nq.
+        offset: as in the forward.
+        out: shaped like `x`; may be `d_normed` or `x`. None: a new one.
+        weight_grads: whether each weight's gradient is wanted.
+        partials: (programs, D) float32 each, contiguous, programs as `partial_programs` says of T Nq rows: written, all
+            of it. None: a new one.
+
+    Returns:
+        (T, Nq + Nk, D), and (programs, D) float32 each for `reduce_partials`, or None.
+    """
+    rows, d_rows = as_rows(x), as_rows(d_normed)
+    tokens, heads, hidden = rows.shape
+    assert d_rows.shape == rows.shape == x.shape
+    dx, dx_rows = outlet(out, x, x.dtype)
+    block = block_for(hidden)
+    config = BACKWARD[block]
+    programs = partial_programs(tokens * queries, hidden, x.device)
+    assert tokens * heads + programs * config.rows < 2**31
+    q_partial, k_partial = (
+        _parts(given, wanted, programs, x) for given, wanted in zip(partials, weight_grads, strict=True)
+    )
+    qk_rmsnorm_backward_kernel[(programs,)](
+        d_rows,
+        rows,
+        *rstds,
+        *(weight.contiguous() for weight in weights),
+        dx_rows,
+        q_partial,
+        k_partial,
+        tokens,
+        hidden,
+        d_rows.stride(0),
+        d_rows.stride(1),
+        rows.stride(0),
+        rows.stride(1),
+        dx_rows.stride(0),
+        dx_rows.stride(1),
+        OFFSET=offset,
+        QUERIES=queries,
+        KEYS=heads - queries,
+        ROWS=config.rows,
+        BLOCK=block,
+        KEPT=kept_rows(config, block),
+        STAGES=stages_for(config, block * (d_rows.element_size() + rows.element_size()), device_limits(x.device)[1]),
+        num_warps=config.warps,
+    )
+    return dx, (q_partial, k_partial)

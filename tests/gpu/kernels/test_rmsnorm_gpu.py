@@ -168,6 +168,30 @@ def test_many_norms_and_one_reduction(shape: tuple[int, int]) -> None:
         assert torch.equal(added, ours + 1)
 
 
+@pytest.mark.parametrize(("queries", "keys", "width"), [(14, 2, 64), (32, 8, 128), (8, 4, 256)])
+@pytest.mark.parametrize("rows", [0, 1, 760, 8192])
+def test_queries_and_keys_in_one_launch(rows: int, queries: int, keys: int, width: int) -> None:
+    """The bits of two launches in the gradient, also over itself; weights' gradients as near to float64."""
+    heads, split = queries + keys, (queries, keys)
+    qkv, d_qkv = (random(rows, heads + keys, width, dtype=torch.bfloat16) for _ in range(2))
+    weights = (random(width, dtype=torch.bfloat16), random(width, dtype=torch.bfloat16))
+    x, before = qkv[:, :heads], d_qkv.clone()
+    rstds = tuple(fused.rmsnorm_forward(part, weights[0], EPS)[1] for part in x.split(split, 1))
+    apart, partials = fused.qk_rmsnorm_backward(d_qkv[:, :heads], x, rstds, weights, queries)
+    places = torch.full_like(torch.stack(partials), float("nan"))
+    over = d_qkv[:, :heads]
+    fused.qk_rmsnorm_backward(over, x, rstds, weights, queries, out=over, partials=tuple(places))
+    assert torch.equal(over, apart) and torch.equal(d_qkv[:, heads:], before[:, heads:])
+    assert torch.equal(places, torch.stack(partials))
+    parts = (before[:, :heads].split(split, 1), x.split(split, 1), rstds, weights, apart.split(split, 1), partials)
+    for d, part, rstd, weight, ours, partial in zip(*parts, strict=True):
+        dx, alone = fused.rmsnorm_backward(d, part, rstd, weight)
+        assert torch.equal(ours, dx)
+        exact = (d.double() * part.double() * rstd.double().view(*part.shape[:2], 1)).sum((0, 1))
+        sums = [fused.reduce_partials(one, torch.float32) for one in (partial, alone)]
+        assert relative_error(sums[0], exact) <= 1.5 * relative_error(sums[1], exact) + 1e-6
+
+
 @pytest.mark.parametrize("shape", [(0, 896), (0, 4, 64)], ids=str)
 def test_no_rows(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)

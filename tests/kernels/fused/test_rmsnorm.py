@@ -90,6 +90,32 @@ def test_heads_lie_in_few_threads(block: int, rows: int, passes: int) -> None:
     assert re.search(r"cp\.async\.cg\S* \[.*\], 0x10", loop)
 
 
+@pytest.mark.parametrize("block", [64, 128, 256])
+def test_queries_and_keys_compile(block: int) -> None:
+    config = rmsnorm_backward.BACKWARD[block]
+    signature = {
+        **dict.fromkeys(("DY", "X", "Q_WEIGHT", "K_WEIGHT", "DX"), "*bf16"),
+        **dict.fromkeys(("Q_RSTD", "K_RSTD", "Q_PARTIAL", "K_PARTIAL"), "*fp32"),
+        "tokens": "i32",
+        **dict.fromkeys(("hidden", "dy_stride", "dy_head", "x_stride", "x_head", "dx_stride", "dx_head"), "i32:16"),
+    }
+    for name, (target, shared) in TARGETS.items():
+        (compiled,) = compile_all(
+            rmsnorm_backward.qk_rmsnorm_backward_kernel,
+            signature,
+            {
+                **{"OFFSET": 0.0, "QUERIES": 32, "KEYS": 8, "ROWS": config.rows, "BLOCK": block},
+                "KEPT": rmsnorm_backward.kept_rows(config, block),
+                "STAGES": rmsnorm_backward.stages_for(config, block * 4, shared),
+            },
+            num_warps=config.warps,
+            targets={name: (target, shared)},
+        ).values()
+        assert not compiled.stack
+        if name == "sm_90":  # keys are read as queries are: 16 bytes at a time
+            assert compiled.assembly.count("st.global.v4") == 2 * config.rows * block // (8 * 32 * config.warps)
+
+
 def test_the_other_forms_compile() -> None:
     """Recomputing, in float32 and unaligned, and the widest backward in float32."""
     config = fused.FORWARD[1024]

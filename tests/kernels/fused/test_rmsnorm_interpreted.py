@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from chronicals.kernels.fused import rmsnorm as fused
-from chronicals.kernels.rmsnorm import rmsnorm_reference
+from chronicals.kernels.rmsnorm import rmsnorm_backward, rmsnorm_reference
 from tests.kernels.numerics import assert_matches, relative_error
 
 # one row, fewer rows than programs, tiles that end early, one past a tile
@@ -125,6 +125,34 @@ def test_partials_of_many_norms_at_once(rows: int) -> None:
         assert torch.equal(ours, torch.autograd.grad(fused.rmsnorm(x, alone, EPS), alone, d_normed)[0])
         exact = torch.autograd.grad(rmsnorm_reference(x, alone, EPS), alone, d_normed)[0]
         assert relative_error(ours, exact) < 2e-6
+
+
+@pytest.mark.parametrize("rows", [0, 1, 9, 40])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(5, 2, 64), (4, 1, 128), (2, 2, 24)])
+def test_queries_and_keys_in_one_launch(rows: int, queries: int, keys: int, width: int) -> None:
+    """As two calls, from parts of packed buffers over the gradient itself, with and without a weight's gradient."""
+    heads = queries + keys
+    qkv, d_qkv = torch.randn(rows, heads + keys, width), torch.randn(rows, heads + keys, width)
+    weights = (torch.randn(width), torch.randn(width))
+    x, d, split = qkv[:, :heads], d_qkv[:, :heads].clone(), (queries, keys)
+    rstds = tuple(fused.rmsnorm_forward(part, weights[0], EPS)[1] for part in x.split(split, 1))
+    expected = [
+        rmsnorm_backward(*given)
+        for given in zip(d.double().split(split, 1), x.split(split, 1), rstds, weights, strict=True)
+    ]
+    places = torch.full((2, fused.partial_programs(rows * queries, width, x.device), width), float("nan"))
+    behind = d_qkv[:, heads:].clone()
+    over = d_qkv[:, :heads]
+    for options in ({}, {"weight_grads": (True, False)}, {"partials": tuple(places), "out": over}):
+        dx, partials = fused.qk_rmsnorm_backward(options.get("out", d), x, rstds, weights, queries, **options)
+        for part, (exact, _) in zip(dx.split(split, 1), expected, strict=True):
+            assert relative_error(part, exact) < 2e-6
+        for partial, wanted, (_, exact) in zip(partials, options.get("weight_grads", (1, 1)), expected, strict=True):
+            assert (partial is not None) == wanted
+            if partial is not None:
+                assert relative_error(partial.double().sum(0), exact[0]) < 2e-6
+    assert partials[0] is not None and partials[0].data_ptr() == places.data_ptr()
+    assert dx.data_ptr() == over.data_ptr() and torch.equal(d_qkv[:, heads:], behind)
 
 
 def test_no_weight_gradient_where_none_is_wanted() -> None:
