@@ -58,10 +58,11 @@ def place_adapters(pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]
         tiles.append(torch.cartesian_prod(torch.tensor([i]), row, column))
     if not pairs:
         return lambda: None
-    device = pairs[0][0].device
+    device, held = pairs[0][0].device, list(pairs)  # addresses alone keep no memory alive
     table, programs = torch.tensor(rows, dtype=torch.int64, device=device), torch.cat(tiles).int().to(device)
 
     def launch() -> None:
+        assert held
         place_adapters_kernel[(len(programs),)](table, programs, WORD=WORDS[word], num_warps=NUM_WARPS)
 
     return launch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -43,3 +45,13 @@ def test_tiles_wider_than_high() -> None:
 def test_nothing_to_place() -> None:
     place_adapters([])()
     place_adapters([(torch.empty(0, 4), torch.empty(0, 4))])()
+
+
+def test_a_plan_keeps_what_it_has_the_addresses_of() -> None:
+    source, place = torch.ones(2, 4), torch.zeros(2, 4)
+    alive = weakref.ref(source), weakref.ref(place)
+    plan = place_adapters([(source, place)])
+    del source, place
+    assert all(one() is not None for one in alive)
+    del plan
+    assert all(one() is None for one in alive)
