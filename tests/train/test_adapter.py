@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.peft_files import load_adapter
-from chronicals.adapters.unfused import DoRAProjection, LoRAProjection
+from chronicals.adapters.unfused import DoRAProjection, Dropout, LoRAProjection
 from chronicals.config import TrainConfig
 from chronicals.errors import GuardError, UserError
 from chronicals.models.hf import load_model
@@ -107,6 +107,23 @@ def test_the_keys_choose_the_projections(folder: Path, values: dict[str, Any], k
     model = load_model(folder / "model")
     add_adapter(adapter_config(folder, **values), model, None)
     assert {type(module) for module in model.modules() if isinstance(module, LoRAProjection)} == kinds
+
+
+def test_each_micro_batch_has_masks_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    draw = Dropout.forward
+
+    def spy(self: Dropout, x: Tensor, stream: int) -> Tensor:
+        seen.append(int(self.counter))
+        return draw(self, x, stream)
+
+    monkeypatch.setattr(Dropout, "forward", spy)
+    options = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "val_set_size": 10, "eval_steps": 2}
+    helpers.run(adapter_config(folder, max_steps=2, **options))
+    assert seen == sorted(seen) and set(seen) == {0, 1, 2, 3}
+    calls = len(seen)
+    helpers.run(adapter_config(folder, max_steps=4, resume_from_checkpoint="auto", save_steps=2, **options))
+    assert seen[calls:] == [4 + number for number in seen[:calls]]  # evaluation drops nothing
 
 
 def test_all_linear_layers_are_the_default(folder: Path) -> None:
