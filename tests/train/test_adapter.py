@@ -23,6 +23,7 @@ from chronicals.errors import GuardError, UserError
 from chronicals.models.hf import load_model
 from chronicals.optim.adamw import AdamW
 from chronicals.train.adapter import add_adapter
+from chronicals.train.gradients import Gradients
 from tests.kernels.numerics import relative_error
 from tests.models.test_parity import logits_and_loss, reference_logits_and_loss
 from tests.models.tiny import documents
@@ -203,23 +204,14 @@ def test_one_step_passes_although_a_has_no_gradient_yet(folder: Path) -> None:
 
 
 def test_a_b_that_never_moves_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(self: JoinedLoRA, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: Any) -> None:
-        whole(self, d_out, x, kept, Zeroed(gradients, self.lora_B.get("up_proj")))
+    def without(self: Gradients, reduce: Any) -> None:
+        finish(self, reduce)
+        for name, gradient in self.buffers.items():
+            if name.endswith("lora_B.up_proj"):
+                gradient.zero_()
 
-    class Zeroed:
-        """Writes zeros as the gradient of one parameter."""
-
-        def __init__(self, gradients: Any, parameter: Tensor | None) -> None:
-            self.gradients, self.parameter = gradients, parameter
-
-        def matmul(self, parameter: Tensor, left: Tensor, right: Tensor) -> None:
-            self.gradients.matmul(parameter, left * (parameter is not self.parameter), right)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.gradients, name)
-
-    whole = JoinedLoRA.weight_grads
-    monkeypatch.setattr(JoinedLoRA, "weight_grads", half)
+    finish = Gradients.finish
+    monkeypatch.setattr(Gradients, "finish", without)
     with pytest.raises(GuardError) as caught:
         helpers.run(adapter_config(folder, max_steps=3))
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
