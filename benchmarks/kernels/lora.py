@@ -145,7 +145,7 @@ def scaling(rows: int, columns: int) -> Iterator[Case]:
     def backward(op: Callable[..., Tensor]) -> Callable[[], Call]:
         def arm() -> Call:
             d, z, c = inputs()
-            return lambda: op(d, z, c, c)
+            return lambda: op(d, z, c, c, out=z)
 
         return arm
 
@@ -154,15 +154,15 @@ def scaling(rows: int, columns: int) -> Iterator[Case]:
         for ops, dtype in ((fused_dora, d.dtype), (dora, d.dtype), (dora, torch.float64)):
             into, y = d.to(dtype, copy=True), z.to(dtype, copy=True)
             wide_c = c.to(torch.promote_types(dtype, c.dtype))
-            sums = ops.dora_backward_(into, y, wide_c, wide_c).sum(0)
+            sums = ops.dora_backward(into, y, wide_c, wide_c, out=into).sum(0)
             found.append({"dz": into, "sums": sums, "y": ops.scale_columns_(y, wide_c)})
         assert_no_worse(*found)
 
     shape, matrix = f"{rows} x {columns}", 2 * rows * columns
     peers = {"eager": scale(dora.scale_columns_)}
     yield Case("dora", shape, "scale", 2 * matrix, gate, scale(fused_dora.scale_columns_), peers)
-    peers = {"eager": backward(dora.dora_backward_)}
-    yield Case("dora", shape, "backward", 3 * matrix, gate, backward(fused_dora.dora_backward_), peers)
+    peers = {"eager": backward(dora.dora_backward)}
+    yield Case("dora", shape, "backward", 3 * matrix, gate, backward(fused_dora.dora_backward), peers)
 
 
 def scales() -> Case:

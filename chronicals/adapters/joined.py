@@ -11,7 +11,7 @@ t and u lie in the room behind x and dy (models/projection.py), so nothing is co
 the thin matmuls that make them read x and dy once for all targets. For backward t alone is kept, which is (T, R).
 
 W is a view of U. A and B of each target stay parameters of their own, as PEFT has them, and are copied into U at the
-start of each micro-batch (`placements`). Left out: dropout and DoRA, which are not one matmul.
+start of each micro-batch (`placements`). Dropout and DoRA, which are more than one matmul, are in joined_variants.py.
 
 Shapes: T tokens, R the sum of the ranks, rounded up to `ROOM`: what is beyond it is zero.
 """
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from chronicals.adapters.unfused import LoRAProjection, Target
+from chronicals.adapters.unfused import Dropout, LoRAProjection, Target
 from chronicals.kernels.grad_sink import WeightGradients
 from chronicals.kernels.lora_thin import Block
 from chronicals.models.projection import Projection, widened
@@ -45,8 +45,8 @@ class JoinedLoRA(LoRAProjection):
     joined: Tensor
     scales: Tensor | None
 
-    def __init__(self, base: Projection, targets: Mapping[str, Target]) -> None:
-        super().__init__(base, targets)
+    def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
+        super().__init__(base, targets, dropout)
         ranks = [target.r for target in targets.values()]
         starts = [0, *itertools.accumulate(ranks)]
         self.blocks = [
@@ -114,8 +114,8 @@ class JoinedLoRA(LoRAProjection):
     def glu(self, x: Tensor, activation: str, **options: Any) -> tuple[Tensor, Tensor | None]:
         return Projection.glu(self, x, activation, **options)
 
-    def glu_grad_(self, d_out: Tensor, gate_up: Tensor, activation: str, *, again: bool) -> Tensor | None:
-        return Projection.glu_grad_(self, d_out, gate_up, activation, again=again)
+    def glu_grad(self, d_out: Tensor, gate_up: Tensor, activation: str, **options: Any) -> Tensor | None:
+        return Projection.glu_grad(self, d_out, gate_up, activation, **options)
 
     def kept(self, x: Tensor) -> Tensor:
         return widened(x, self.in_room)[:, x.shape[1] :]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor
 
 from chronicals.adapters.joined import JoinedLoRA
-from chronicals.adapters.unfused import Target
+from chronicals.adapters.unfused import Dropout, Target
 from chronicals.models.nf4 import NF4Store
 from chronicals.models.projection import Projection
 
@@ -26,8 +26,8 @@ class JoinedNF4LoRA(JoinedLoRA):
         targets: by the last part of their names.
     """
 
-    def __init__(self, base: Projection, targets: Mapping[str, Target]) -> None:
-        super().__init__(base, targets)
+    def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
+        super().__init__(base, targets, dropout)
         self._place: Callable[[], None] | None = None  # made at the first use
 
     def _join(self) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from chronicals.adapters.initialise import initialise
 from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.joined_nf4 import JoinedNF4LoRA
+from chronicals.adapters.joined_variants import JoinedDoRA, JoinedDropout, JoinedNF4DoRA, JoinedNF4Dropout
 from chronicals.adapters.unfused import DoRAProjection, Dropout, LoRAProjection, Target
 from chronicals.errors import UserError
 from chronicals.models.config import ModelConfig
@@ -79,6 +80,11 @@ class LoRA:
             alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
             init="kaiming",
         )
+
+    @property
+    def joins(self) -> bool:
+        """Whether adapters can be joined with frozen weights: to DoRA with dropout PEFT gives a second matmul."""
+        return not (self.dora and self.dropout)
 
     def rank(self, module: str) -> int:
         """r of the Hugging Face module of this name."""
@@ -206,8 +212,8 @@ def add_lora(
 
     Args:
         seed: of the adapters' first values, and of dropout.
-        joined: our projections that take their adapters into their matmuls (joined.py) where that is possible: without
-            dropout and DoRA. The others are as in unfused.py.
+        joined: our projections that take their adapters into their matmuls (joined.py) where that is possible: not
+            where DoRA has dropout, and not beside a weight that is trained. The others are as in unfused.py.
         fresh: the adapters get their first values; else they are left for a file to fill.
 
     Raises:
@@ -217,7 +223,6 @@ def add_lora(
     generator = torch.Generator().manual_seed(seed)
     dropout = Dropout(lora.dropout, seed, model.head_weight.device) if lora.dropout else None
     streams = {module: number for number, module in enumerate(linear_modules(model.config))}
-    apart = DoRAProjection if lora.dora else LoRAProjection
     found = False
     for path, module in list(model.named_modules()):
         if not isinstance(module, Projection) or module is model.lm_head:
@@ -232,9 +237,7 @@ def add_lora(
             start = part.stop
         if targets:
             parent, _, leaf = path.rpartition(".")
-            one_matmul = leaf in joined and not (lora.dora or lora.dropout or module.weight.requires_grad)
-            together = JoinedNF4LoRA if isinstance(module.store, NF4Store) else JoinedLoRA
-            adapted = together(module, targets) if one_matmul else apart(module, targets, dropout)
+            adapted = _kind(lora, module, leaf in joined)(module, targets, dropout)
             if fresh:
                 initialise(adapted, lora.init, generator)
             setattr(model.get_submodule(parent), leaf, adapted)
@@ -242,6 +245,17 @@ def add_lora(
             found = True
     if not found:
         raise UserError(f"no linear layer of the model is a target: {lora.targets}", "see lora_target_modules")
+
+
+def _kind(lora: LoRA, base: Projection, joined: bool) -> type[LoRAProjection]:
+    if not joined or not lora.joins or base.weight.requires_grad:
+        return DoRAProjection if lora.dora else LoRAProjection
+    in_4_bits = isinstance(base.store, NF4Store)
+    if lora.dora:
+        return JoinedNF4DoRA if in_4_bits else JoinedDoRA
+    if lora.dropout:
+        return JoinedNF4Dropout if in_4_bits else JoinedDropout
+    return JoinedNF4LoRA if in_4_bits else JoinedLoRA
 
 
 def _freeze(model: Decoder, lora: LoRA) -> None:

@@ -134,12 +134,14 @@ class LoRAProjection(Projection):
         out: Tensor | None = None,
         apart: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        gate_up = self(x, gate_up)
+        gate_up = self(x, gate_up, apart)
         return gate_up, self.ops.glu_forward(gate_up, activation, out=out) if product else None
 
-    def glu_grad_(self, d_out: Tensor, gate_up: Tensor, activation: str, *, again: bool) -> Tensor | None:
+    def glu_grad(
+        self, d_out: Tensor, gate_up: Tensor, activation: str, *, d_gate_up: Tensor, again: bool
+    ) -> Tensor | None:
         d_product = self.input_grad(d_out)
-        self.ops.glu_backward(d_product, gate_up, activation, d_gate_up=gate_up, out=d_product if again else None)
+        self.ops.glu_backward(d_product, gate_up, activation, d_gate_up=d_gate_up, out=d_product if again else None)
         return d_product if again else None
 
     def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
@@ -220,11 +222,12 @@ class DoRAProjection(LoRAProjection):
 
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """(out,): the norm of each row of W + s B A, without that sum: |W|^2 + 2 s <W A', B> + s^2 <B (A A'), B>. In
-    float32, then rounded to the dtype of `weight`."""
+    float32 (float64 for float64), then rounded to the dtype of `weight`."""
     with torch.no_grad():
-        cross = weight.new_empty(b.shape, dtype=torch.float32)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        cross = weight.new_empty(b.shape, dtype=wide)
         matmul_into(cross, False, weight, a.t())
-        a, b = a.float(), b.float()
+        a, b = a.to(wide), b.to(wide)
         change = (2 * scaling * cross + scaling**2 * (b @ (a @ a.t()))).mul_(b).sum(1)
-        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square_()
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
         return squares.add_(change).clamp_(min=0).sqrt_().to(weight.dtype)

@@ -60,16 +60,24 @@ def scale_columns_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.copy_(scaled if bias is None else scaled + bias)
 
 
-def dora_backward_(
-    d: Tensor, z: Tensor, c: Tensor, factor: Tensor, *, bias: Tensor | None = None, partial: Tensor | None = None
+def dora_backward(
+    d: Tensor,
+    z: Tensor,
+    c: Tensor,
+    factor: Tensor,
+    *,
+    out: Tensor,
+    bias: Tensor | None = None,
+    partial: Tensor | None = None,
 ) -> Tensor:
-    """Makes of the gradient of y that of z, in place, and the magnitude's gradient in parts.
+    """Makes of the gradient of y that of z, and the magnitude's gradient in parts.
 
     Args:
-        d: (T, N), any row stride: dy, and c * dy afterwards.
+        d: (T, N), any row stride: dy.
         z: (T, N), any row stride. Where y itself was kept, y with its `bias`.
         c: (N,) float32.
         factor: (N,) float32 that multiplies the sums: `inverse_norm` for z; for y 1 / magnitude, as z = (y - b) / c.
+        out: (T, N), any row stride: c * dy; may be `d` or `z`.
         bias: (N,), taken from `z`.
         partial: (parts, N) float32 to write, parts as `column_parts` says. None: a new one.
 
@@ -79,5 +87,5 @@ def dora_backward_(
     wide = torch.promote_types(d.dtype, torch.float32)
     kept = z.to(wide) if bias is None else z.to(wide) - bias
     sums = ((d * kept).sum(0, keepdim=True) * factor).to(wide)
-    d.copy_(d * c)
+    out.copy_(d * c)
     return sums if partial is None else partial.copy_(sums)

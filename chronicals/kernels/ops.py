@@ -48,7 +48,7 @@ class Ops:
     lora_dropout: Callable[..., LoRADropout]
     dora_scales: Callable[..., Callable[[], None]]
     scale_columns_: Callable[..., Tensor]
-    dora_backward_: Callable[..., Tensor]
+    dora_backward: Callable[..., Tensor]
     attention: AttentionBackend
     linear_cross_entropy: Callable[..., Tensor]  # differentiable: the one op that is a step of its own
 
@@ -77,7 +77,7 @@ REFERENCE = Ops(
     lora_dropout=LoRADropout,
     dora_scales=dora.dora_scales,
     scale_columns_=dora.scale_columns_,
-    dora_backward_=dora.dora_backward_,
+    dora_backward=dora.dora_backward,
     attention=ByDevice(),
     linear_cross_entropy=linear_cross_entropy,
 )
@@ -139,7 +139,7 @@ def fused(
         lora_dropout=lora_dropout.FusedLoRADropout,
         dora_scales=dora.dora_scales,
         scale_columns_=dora.scale_columns_,
-        dora_backward_=dora.dora_backward_,
+        dora_backward=dora.dora_backward,
         attention=attention.backend_for(torch.device(device), dtype, head_dim=head_dim, deterministic=deterministic),
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
     )

@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         self.sink: GradSink = Autograd()
         # Hugging Face names of parts of a trained parameter that stay as they are: biases of k beside trained ones of q
         self.frozen_parts: frozenset[str] = frozenset()
-        self._placing: Callable[[], None] | None = None  # made at the first forward pass
+        self._placing: tuple[Callable[[], None], ...] | None = None  # made at the first forward pass
 
     def set_recompute(self, policy: Recompute, layers: int | None = None) -> None:
         """What backward computes again instead of keeping it (see layer.py): in the first `layers` layers, or in all;
@@ -185,8 +185,12 @@ class Decoder(nn.Module):
         """What projections multiply by becomes what their parameters are now."""
         if self._placing is None:
             projections = [module for module in self.modules() if isinstance(module, Projection)]
-            self._placing = self.ops.place_adapters([pair for module in projections for pair in module.placements()])
-        self._placing()
+            self._placing = (
+                self.ops.place_adapters([pair for module in projections for pair in module.placements()]),
+                self.ops.dora_scales([rows for module in projections for rows in module.scaled_rows()]),
+            )
+        for plan in self._placing:
+            plan()
 
     def projections_changed(self) -> None:
         """Says that projections were put in, or that parameters lie elsewhere now."""

@@ -211,6 +211,7 @@ class AttentionSaved:
     k_rstd: Tensor | None
     out: Tensor  # (T, Nq, D)
     lse: Tensor  # (Nq, T) float32
+    delta: Tensor | None = None  # (T, H), what o_proj made of `out`, if it wants that
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,7 @@ class MLPSaved:
     gate_up: Tensor | None  # (T, 2F)
     product: Tensor | None  # (T, F)
     product_kept: Tensor | None  # what down_proj left behind `product`
+    delta: Tensor | None = None  # (T, H), what down_proj made of `product`, if it wants that
 
 
 @dataclass(frozen=True)
@@ -289,14 +291,15 @@ class AttentionHalf:
         delta = self.output(saved)
         if "normed" in self.dropped:
             saved = replace(saved, normed=None)
-        return saved.x, delta, saved
+        return saved.x, delta, replace(saved, delta=self.attention.o_proj.kept_out(delta))
 
     def backward(
         self, saved: AttentionSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None
     ) -> Tensor | None:
         attention, out = self.attention, saved.out.flatten(1)
-        d_out = attention.o_proj.input_grad(d).view_as(saved.out)
-        attention.o_proj.weight_grads(d, out, attention.o_proj.kept(out), gradients)
+        d_out = attention.o_proj.backward(d, out, attention.o_proj.kept(out), gradients, y=saved.delta)
+        assert d_out is not None
+        d_out = d_out.view_as(saved.out)
         d_qkv = with_room(saved.turned, saved.turned.shape[1], attention.qkv_proj.out_room)
         self.ops.attention.backward(
             d_out,
@@ -310,9 +313,9 @@ class AttentionHalf:
         )
         del d_out
         attention.turn_back(d_qkv, saved, stream, gradients)
-        normed = self.norm.again(saved.x, saved.rstd) if saved.normed is None else saved.normed
-        kept = _kept(attention.qkv_proj, saved.normed, saved.normed_kept)
-        return _behind_norm(self.norm, attention.qkv_proj, saved, normed, kept, d_qkv, d, gradients, room)
+        normed, kept = saved.normed, _kept(attention.qkv_proj, saved.normed, saved.normed_kept)
+        normed = self.norm.again(saved.x, saved.rstd, attention.qkv_proj.in_room) if normed is None else normed
+        return _behind_norm(self.norm, attention.qkv_proj, saved, normed, kept, d_qkv, None, d, gradients, room)
 
 
 class MLPHalf:
@@ -354,8 +357,8 @@ class MLPHalf:
         saved = self.record(residual, delta, stream)
         delta, product_kept = self.output(saved, apart="product" in self.dropped)
         dropped: dict[str, Any] = dict.fromkeys(self.dropped)
-        saved = replace(saved, product_kept=product_kept, **dropped)
-        return saved.x, delta, saved
+        kept_out = self.mlp.down_proj.kept_out(delta)
+        return saved.x, delta, replace(saved, product_kept=product_kept, delta=kept_out, **dropped)
 
     def backward(
         self, saved: MLPSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None
@@ -363,13 +366,14 @@ class MLPHalf:
         norm, gate_up_proj, down_proj = self.norm, self.mlp.gate_up_proj, self.mlp.down_proj
         normed = norm.again(saved.x, saved.rstd, gate_up_proj.in_room) if saved.normed is None else saved.normed
         gate_up = self.glu(normed, product=False)[0] if saved.gate_up is None else saved.gate_up
-        again = down_proj.glu_grad_(d, gate_up, self.activation, again=saved.product is None)
-        product = again if saved.product is None else saved.product
-        assert product is not None
-        down_proj.weight_grads(d, product, _kept(down_proj, saved.product, saved.product_kept), gradients)
-        del again, product
+        y = gate_up_proj.kept_out(gate_up)
+        d_gate_up = gate_up if y is None else torch.empty_like(gate_up)
+        kept = _kept(down_proj, saved.product, saved.product_kept)
+        down_proj.glu_backward(
+            d, gate_up, self.activation, saved.product, kept, gradients, d_gate_up=d_gate_up, y=saved.delta
+        )
         kept = _kept(gate_up_proj, normed, saved.normed_kept)
-        return _behind_norm(norm, gate_up_proj, saved, normed, kept, gate_up, d, gradients, room)
+        return _behind_norm(norm, gate_up_proj, saved, normed, kept, d_gate_up, y, d, gradients, room)
 
 
 def _kept(projection: Projection, x: Tensor | None, alone: Tensor | None) -> Tensor | None:
@@ -384,18 +388,17 @@ def _behind_norm(
     normed: Tensor,
     kept: Tensor | None,
     d_out: Tensor,
+    y: Tensor | None,
     d: Tensor,
     gradients: WeightGradients,
     room: int | None,
 ) -> Tensor | None:
     """Back through a half's first projection and its norm: d_out (T, out), and d (T, H), which passes the half by ->
     (T, H)."""
-    if room is None and not norm.weight.requires_grad:
-        projection.grad_operands(d_out)
-        projection.weight_grads(d_out, normed, kept, gradients)
+    read = room is not None or norm.weight.requires_grad
+    d_normed = projection.backward(d_out, normed, kept, gradients, y=y, read=read)
+    if d_normed is None:
         return None
-    d_normed = projection.input_grad(d_out)
-    projection.weight_grads(d_out, normed, kept, gradients)
     out = outlet(d, d.shape[1], room or 0)
     return norm.backward(d_normed, saved.x, saved.rstd, gradients, d_residual=d, out=out)
 
@@ -415,7 +418,9 @@ class WholeLayer:
 
     def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[AttentionSaved, MLPSaved]:
         first = self.attention.record(residual, delta, stream)
-        return first, self.mlp.record(first.x, self.attention.output(first), stream)
+        between = self.attention.output(first)
+        first = replace(first, delta=self.attention.attention.o_proj.kept_out(between))
+        return first, self.mlp.record(first.x, between, stream)
 
     def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, LayerSaved]:
         first, second = self.record(residual, delta, stream)

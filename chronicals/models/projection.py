@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chronicals.kernels.dora import DoRARows
 from chronicals.kernels.grad_sink import WeightGradients
 from chronicals.kernels.ops import Ops
 
@@ -119,6 +120,36 @@ class Projection(nn.Module):
         """The same where x is kept: a view of what stands behind it, or None."""
         return None
 
+    def kept_out(self, y: Tensor) -> Tensor | None:
+        """What `backward` will want of y, the output: y, or None. Then nobody else may write to y."""
+        return None
+
+    def backward(
+        self,
+        d_out: Tensor,
+        x: Tensor,
+        kept: Tensor | None,
+        gradients: WeightGradients,
+        *,
+        y: Tensor | None = None,
+        read: bool = True,
+    ) -> Tensor | None:
+        """Back through `forward`: `input_grad`, and `weight_grads`.
+
+        Args:
+            d_out, x, kept, gradients: as in `weight_grads`.
+            y: `kept_out` of the forward's output, which is overwritten. None where it is not there any more.
+            read: whether somebody reads the gradient of x.
+
+        Returns:
+            (T, in), or None where nobody reads it.
+        """
+        d_x = self.input_grad(d_out) if read else None
+        if not read:
+            self.grad_operands(d_out)
+        self.weight_grads(d_out, x, kept, gradients)
+        return d_x
+
     def glu(
         self,
         x: Tensor,
@@ -135,12 +166,33 @@ class Projection(nn.Module):
             *self.operands(x, apart), activation, bias=self.bias, product=product, gate_up=gate_up, out=out
         )
 
-    def glu_grad_(self, d_out: Tensor, gate_up: Tensor, activation: str, *, again: bool) -> Tensor | None:
-        """`input_grad` where the input is a GLU's product, and on through that GLU: makes of gate_up (T, 2 in) its
-        gradient. Returns the product (T, in) where it is wanted `again`."""
+    def glu_grad(
+        self, d_out: Tensor, gate_up: Tensor, activation: str, *, d_gate_up: Tensor, again: bool
+    ) -> Tensor | None:
+        """`input_grad` where the input is a GLU's product, and on through that GLU: the gradient of gate_up (T, 2 in),
+        written to `d_gate_up`, which may be gate_up. Returns the product (T, in) where it is wanted `again`."""
         return self.ops.glu_matmul.backward(
-            *self.grad_operands(d_out), gate_up, activation, d_gate_up=gate_up, again=again
+            *self.grad_operands(d_out), gate_up, activation, d_gate_up=d_gate_up, again=again
         )
+
+    def glu_backward(
+        self,
+        d_out: Tensor,
+        gate_up: Tensor,
+        activation: str,
+        product: Tensor | None,
+        kept: Tensor | None,
+        gradients: WeightGradients,
+        *,
+        d_gate_up: Tensor,
+        y: Tensor | None = None,
+    ) -> None:
+        """`backward` where the input is a GLU's `product`, and on through that GLU as `glu_grad` does. Product None: it
+        was not kept."""
+        again = self.glu_grad(d_out, gate_up, activation, d_gate_up=d_gate_up, again=product is None)
+        product = again if product is None else product
+        assert product is not None
+        self.weight_grads(d_out, product, kept, gradients)
 
     def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
         """The gradients of its parameters, behind `input_grad` or `grad_operands` of the same d_out.
@@ -169,4 +221,8 @@ class Projection(nn.Module):
 
     def placements(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What must be copied before each forward pass of the model: pairs for `ops.place_adapters`."""
+        return iter(())
+
+    def scaled_rows(self) -> Iterator[DoRARows]:
+        """What must be worked out before each forward pass of the model: for `ops.dora_scales`."""
         return iter(())

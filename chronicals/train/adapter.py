@@ -28,7 +28,8 @@ class Adapter:
         kind = ("rs" if lora.rslora else "") + ("DoRA" if lora.dora else "LoRA")
         targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
         others = ", others by pattern" if lora.rank_pattern or lora.alpha_pattern else ""
-        return f"{kind} of rank {lora.r}, scaled by {lora.scaling():g}{others}: {targets}"
+        slow = "" if lora.joins else " (DoRA with dropout: adapters outside the fused matmuls, slower)"
+        return f"{kind} of rank {lora.r}, scaled by {lora.scaling():g}{others}: {targets}{slow}"
 
 
 def quantization_of(config: TrainConfig, model: ModelConfig) -> NF4 | None:

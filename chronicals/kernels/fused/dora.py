@@ -3,7 +3,7 @@
 The math is that of `chronicals/kernels/dora.py`. A row's norm needs the whole row of W, so the launch reads each
 adapted weight once, makes a tile of W + s B A in registers, on tensor cores, and keeps its sum of squares; |W|^2 kept
 beside would save nothing of it, as W A^T reads W too, and would cancel where B A takes W back. Backward reads dy and z
-and writes dz over dy, and leaves the magnitude's gradient in parts as `column_partials` leaves a bias's.
+and writes dz, over one of them if wanted; the magnitude's gradient it leaves in parts, as `column_partials` a bias's.
 
 Bytes: W once a micro-batch; y read and written; dy and z read, dz written. Left out: float64.
 """
@@ -102,16 +102,18 @@ def scale_columns_kernel(
 
 @triton.jit
 def dora_backward_kernel(
-    D: tl.tensor,  # (rows, columns), last stride 1: read and written
+    D: tl.tensor,  # (rows, columns), last stride 1
     Z: tl.tensor,  # (rows, columns), last stride 1
     C: tl.tensor,  # (columns,) float32
     FACTOR: tl.tensor,  # (columns,) float32
     BIAS: tl.tensor,  # (columns,) or None
+    OUT: tl.tensor,  # (rows, columns), last stride 1; may be D or Z
     PARTIAL: tl.tensor,  # (parts, columns) float32
     rows: tl.tensor,
     columns: tl.tensor,
     d_stride: tl.tensor,
     z_stride: tl.tensor,
+    out_stride: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -127,11 +129,10 @@ def dora_backward_kernel(
     for start in tl.range(part * ROWS, rows, parts * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (column < columns)
-        place = D + row.to(tl.int64) * d_stride + column
-        d = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(D + row.to(tl.int64) * d_stride + column, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(Z + row.to(tl.int64) * z_stride + column, mask=mask, other=0.0).to(tl.float32)
         total += d * (z - bias)
-        tl.store(place, (d * c).to(D.dtype.element_ty), mask=mask)
+        tl.store(OUT + row.to(tl.int64) * out_stride + column, (d * c).to(OUT.dtype.element_ty), mask=mask)
     factor = tl.load(FACTOR + column, mask=column < columns, other=0.0)
     sums = tl.sum(total, axis=0, keep_dims=True) * factor
     tl.store(PARTIAL + part.to(tl.int64) * columns + column, sums, mask=column < columns)
@@ -179,23 +180,30 @@ def scale_columns_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def dora_backward_(
-    d: Tensor, z: Tensor, c: Tensor, factor: Tensor, *, bias: Tensor | None = None, partial: Tensor | None = None
+def dora_backward(
+    d: Tensor,
+    z: Tensor,
+    c: Tensor,
+    factor: Tensor,
+    *,
+    out: Tensor,
+    bias: Tensor | None = None,
+    partial: Tensor | None = None,
 ) -> Tensor:
-    """As `chronicals.kernels.dora.dora_backward_`; parts as `column_parts` says."""
+    """As `chronicals.kernels.dora.dora_backward`; parts as `column_parts` says."""
     rows, columns = d.shape
     parts = column_parts(rows, columns, d.device)
     partial = torch.empty(parts, columns, dtype=torch.float32, device=d.device) if partial is None else partial
     assert partial.shape == (parts, columns), f"{tuple(partial.shape)} is not ({parts}, {columns})"
     assert partial.dtype == torch.float32 and partial.is_contiguous()
-    assert z.shape == d.shape and z.dtype == d.dtype
-    assert columns == 1 or d.stride(1) == z.stride(1) == 1
+    assert z.shape == out.shape == d.shape and z.dtype == out.dtype == d.dtype
+    assert columns == 1 or d.stride(1) == z.stride(1) == out.stride(1) == 1
     for vector in (c, factor):
         assert vector.dtype == torch.float32 and vector.shape == (columns,) and vector.is_contiguous()
     assert bias is None or (bias.shape == (columns,) and bias.is_contiguous())
     assert rows + parts * ROWS < 2**31
     dora_backward_kernel[(parts * triton.cdiv(columns, COLUMNS),)](
-        d, z, c, factor, bias, partial, rows, columns, d.stride(0), z.stride(0),
+        d, z, c, factor, bias, out, partial, rows, columns, d.stride(0), z.stride(0), out.stride(0),
         ROWS=ROWS, COLUMNS=COLUMNS, STAGES=STAGES, num_warps=_warps(),
     )  # fmt: skip
     return partial

@@ -49,8 +49,11 @@ def test_both_passes(dtype: torch.dtype, size: tuple[int, int], with_bias: bool)
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
 
     d_exact = d.double()
-    sums = dora.dora_backward_(d_exact, z.double(), c.double(), factor.double(), bias=wide)
-    partials = fused.dora_backward_(d, z, c, factor, bias=bias)
+    sums = dora.dora_backward(d_exact, z.double(), c.double(), factor.double(), out=d_exact, bias=wide)
+    outs = (torch.empty_like(d), z.clone(), d)
+    for out in outs:  # apart, over z, over d
+        partials = fused.dora_backward(d, out if out is outs[1] else z, c, factor, out=out, bias=bias)
+    assert torch.equal(outs[0], d) and torch.equal(outs[1], d)
     scale = (d.abs().float().sum() * z.abs().float().max()).item()  # sums may cancel
     assert (reduce_partials(partials, torch.float32) - sums[0]).norm() < 1e-6 * scale * factor.abs().max()
     assert relative_error(d, d_exact) < tolerance
@@ -63,8 +66,8 @@ def test_both_passes(dtype: torch.dtype, size: tuple[int, int], with_bias: bool)
 def test_into_a_place_and_of_nothing() -> None:
     place = torch.full((3, fused.column_parts(70, 64, torch.device("cpu")), 64), 7.0)
     d, z, c = torch.randn(70, 64), torch.randn(70, 64), torch.randn(64)
-    assert fused.dora_backward_(d, z, c, c, partial=place[1]).data_ptr() == place[1].data_ptr()
+    assert fused.dora_backward(d, z, c, c, out=d, partial=place[1]).data_ptr() == place[1].data_ptr()
     assert (place[::2] == 7).all() and not (place[1] == 7).any()
-    assert (fused.dora_backward_(d[:0], z[:0], c, c) == 0).all()
+    assert (fused.dora_backward(d[:0], z[:0], c, c, out=d[:0]) == 0).all()
     fused.scale_columns_(d[:0], c)
     fused.dora_scales([])()
