@@ -7,7 +7,8 @@ with m the magnitude. The norm counts as a constant in backward (section 4.3 of 
     dz = c * dy          dm = (sum over tokens of dy * z) / norm
 
 and the adapter's own gradients are those of plain LoRA for dz. The norms are worked out once a micro-batch, without a
-weight of full size beside W. Left out: dropout, for which PEFT adapts another input than W is given.
+weight of full size beside W, and rounded to the magnitude's dtype, so that c is 1 where that begins as the norm. Left
+out: dropout, for which PEFT adapts another input than W is given.
 
 Shapes: T tokens, N outputs, K inputs, r the rank.
 """
@@ -42,7 +43,8 @@ def dora_scales(targets: Sequence[DoRARows]) -> Callable[[], None]:
         for rows in targets:
             wide = rows.c.dtype
             adapted = rows.weight.to(wide) + rows.scaling * (rows.b.to(wide) @ rows.a.to(wide))
-            torch.div(1, adapted.norm(dim=1), out=rows.inverse_norm)
+            norm = adapted.norm(dim=1).to(rows.magnitude.dtype).to(wide)
+            torch.div(1, norm, out=rows.inverse_norm)
             torch.mul(rows.magnitude.to(wide), rows.inverse_norm, out=rows.c)
 
     return write

@@ -3,6 +3,7 @@ bit for bit, is the same recorded and eager, and is PEFT's."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,19 @@ VARIANTS = {
     "up": LoRA(8, 8, ("up_proj",)),
     "patterns": LoRA(4, 8, (*TARGETS, "k_proj"), rank_pattern={"k_proj": 17}, alpha_pattern={"up_proj": 4}),
 }
+VARIANTS |= {
+    "dropout": replace(LORA, dropout=0.1),
+    "dropout, patterns": replace(VARIANTS["patterns"], dropout=0.3),
+    "dora": replace(LORA, dora=True),
+    "dora, patterns": replace(VARIANTS["patterns"], dora=True),
+}
 
 
 def random_adapters(folder: Path, lora: LoRA) -> dict[str, torch.Tensor]:
     model = load_model(folder / "model")
     add_lora(model, lora)
-    return {name: torch.randn_like(tensor) * 0.05 for name, tensor in adapter_tensors(model).items()}
+    drawn = {name: torch.randn_like(tensor) * 0.05 for name, tensor in adapter_tensors(model).items()}
+    return {name: t if t.ndim == 2 else adapter_tensors(model)[name] * (1 + t) for name, t in drawn.items()}
 
 
 def gradients(
@@ -81,8 +89,9 @@ def test_bf16_gradients_are_near_float32s(folder: Path, variant: str) -> None:
         assert sum(ours) < 1.2 * sum(theirs), recompute
 
 
-def test_float32_gradients_are_the_unfused_ones(folder: Path) -> None:
-    lora = VARIANTS["patterns"]
+@pytest.mark.parametrize("variant", ["patterns", "dropout, patterns", "dora, patterns"])
+def test_float32_gradients_are_the_unfused_ones(folder: Path, variant: str) -> None:
+    lora = VARIANTS[variant]
     adapters = random_adapters(folder, lora)
     joined, unfused = (gradients(folder, torch.float32, adapters, lora, joined=j) for j in (PROJECTIONS, ()))
     assert all(relative_error(joined[name], gradient) < 1e-4 for name, gradient in unfused.items())

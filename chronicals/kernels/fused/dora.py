@@ -71,7 +71,7 @@ def dora_scales_kernel(
         mask = (row[:, None] < rows) & (column < columns)
         adapted = tl.load(w + row[:, None] * w_stride + column, mask=mask, other=0.0).to(tl.float32) + scaling * product
         squares += tl.sum(adapted * adapted, axis=1)
-    norm = tl.sqrt_rn(squares)
+    norm = tl.sqrt_rn(squares).to(MAGNITUDE_DTYPE).to(tl.float32)
     magnitude = tl.load(tl.load(table + 3).to(tl.pointer_type(MAGNITUDE_DTYPE)) + row, mask=row < rows, other=0.0)
     inverse = 1 / norm
     tl.store(tl.load(table + 4).to(tl.pointer_type(tl.float32)) + row, magnitude.to(tl.float32) * inverse, row < rows)
