@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chronicals.adapters.joined import JoinedLoRA
+from chronicals.adapters.joined_variants import JoinedDoRA, JoinedDropout
 from chronicals.adapters.peft_files import load_adapter
-from chronicals.adapters.unfused import DoRAProjection, Dropout, LoRAProjection
+from chronicals.adapters.unfused import DoRAProjection, LoRAProjection
 from chronicals.config import TrainConfig
 from chronicals.errors import GuardError, UserError
+from chronicals.kernels.lora import LoRADropout
 from chronicals.models.hf import load_model
 from chronicals.optim.adamw import AdamW
 from chronicals.train.adapter import add_adapter
@@ -100,25 +103,30 @@ def test_the_embeddings_rate_is_its_own(folder: Path) -> None:
         ({}, {JoinedLoRA}),
         ({"lora_qkv_kernel": False}, {JoinedLoRA, LoRAProjection}),
         ({"lora_qkv_kernel": False, "lora_o_kernel": False, "lora_mlp_kernel": False}, {LoRAProjection}),
-        ({"lora_dropout": 0.1}, {LoRAProjection}),
-        ({"peft_use_dora": True}, {DoRAProjection}),
+        ({"lora_dropout": 0.1}, {JoinedDropout}),
+        ({"peft_use_dora": True}, {JoinedDoRA}),
+        ({"peft_use_dora": True, "lora_dropout": 0.1}, {DoRAProjection}),
     ],
 )
 def test_the_keys_choose_the_projections(folder: Path, values: dict[str, Any], kinds: set[type]) -> None:
     model = load_model(folder / "model")
-    add_adapter(adapter_config(folder, **values), model, None)
+    adapter = add_adapter(adapter_config(folder, **values), model, None)
+    assert ("slower" in str(adapter)) == (kinds == {DoRAProjection})
     assert {type(module) for module in model.modules() if isinstance(module, LoRAProjection)} == kinds
 
 
 def test_each_micro_batch_has_masks_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    draw = Dropout.forward
 
-    def spy(self: Dropout, x: Tensor, stream: int) -> Tensor:
-        seen.append(int(self.counter))
-        return draw(self, x, stream)
+    def spied(half: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def spy(self: LoRADropout, *args: Tensor, **options: Tensor) -> Tensor:
+            seen.append(int(args[-1]))
+            return half(self, *args, **options)
 
-    monkeypatch.setattr(Dropout, "forward", spy)
+        return spy
+
+    for name in ("down", "up_"):
+        monkeypatch.setattr(LoRADropout, name, spied(getattr(LoRADropout, name)))
     options = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "val_set_size": 10, "eval_steps": 2}
     helpers.run(adapter_config(folder, max_steps=2, **options))
     assert seen == sorted(seen) and set(seen) == {0, 1, 2, 3}
