@@ -28,6 +28,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from chronicals.kernels import attention_cpu
+from chronicals.kernels.attention_cpu import visible
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -75,14 +78,7 @@ def _document_scores(
     scores = torch.einsum("ind,jnd->nij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill(~_visible(len(q), window, q.device), float("-inf"))
-
-
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(L, L) bool: may query i see key j."""
-    i = torch.arange(length, device=device)
-    distance = i[:, None] - i[None, :]
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return scores.masked_fill(~visible(len(q), window, q.device), float("-inf"))
 
 
 def _per_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options: Unpack[Options]) -> Tensor:
@@ -108,7 +104,7 @@ def _documents(cu_seqlens: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, .
 def _document_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
     """One document through torch's kernel. q (L, Nq, D); k, v (L, Nk, D) -> (L, Nq, D)."""
     banded = window is not None and len(q) > window
-    mask = _visible(len(q), window, q.device) if banded else None
+    mask = visible(len(q), window, q.device) if banded else None
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.is_cuda and q.dtype in HALF:
         # GPUs older than flash attention's have torch's memory-efficient kernel, which takes no grouped heads: without
@@ -238,7 +234,7 @@ class PerDocument(AttentionBackend):
     ) -> tuple[Tensor, Tensor]:
         if _has_cpu_kernel(q, **options):
             out = q.new_empty(q.shape) if out is None else out
-            return out, _cpu_forward(q, k, v, cu_seqlens, out, options.get("window"), options.get("scale"))
+            return out, attention_cpu.forward(q, k, v, cu_seqlens, out, options.get("window"), options.get("scale"))
         with torch.no_grad():
             attended = _per_document(q, k, v, cu_seqlens, **options)
             # float32, as q . k may leave float16's range before it is scaled
@@ -265,8 +261,8 @@ class PerDocument(AttentionBackend):
         **options: Unpack[Options],
     ) -> None:
         if _has_cpu_kernel(q, **options):
-            tensors = (d_out, q, k, v, out, lse.T, dq, dk, dv)
-            return _cpu_backward(*tensors, cu_seqlens, options.get("window"), options.get("scale"))
+            tensors = (d_out, q, k, v, out, lse, dq, dk, dv)
+            return attention_cpu.backward(*tensors, cu_seqlens, options.get("window"), options.get("scale"))
         query, key, value = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
             again = _per_document(query, key, value, cu_seqlens, **options)
@@ -278,63 +274,6 @@ class PerDocument(AttentionBackend):
 def _has_cpu_kernel(q: Tensor, **options: Unpack[Options]) -> bool:
     """Whether torch's flash attention for CPUs can do it: its forward returns lse, so its backward repeats nothing."""
     return q.device.type == "cpu" and options.get("softcap") is None
-
-
-def _cpu_layout(length: int, window: int | None, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
-    """(is_causal, attn_mask) as that kernel wants them: a mask in the inputs' dtype, where there is a band."""
-    if window is None or length <= window:
-        return True, None
-    hidden = ~_visible(length, window, torch.device("cpu"))
-    return False, torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-
-
-def _cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, out: Tensor, window: int | None, scale: float | None
-) -> Tensor:
-    """Writes out (T, Nq, D) and returns lse (Nq, T)."""
-    lse = q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
-    for query, key, value, result, sums in _documents(cu_seqlens, q, k, v, out, lse.T):
-        if len(query):
-            heads = [x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
-            causal, mask = _cpu_layout(len(query), window, q.dtype)
-            attended, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *heads, 0.0, causal, attn_mask=mask, scale=scale
-            )
-            result.copy_(attended.squeeze(0).transpose(0, 1))
-            sums.copy_(logsumexp.squeeze(0).T)
-    return lse
-
-
-def _cpu_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    cu_seqlens: Tensor,
-    window: int | None,
-    scale: float | None,
-) -> None:
-    """lse (T, Nq); the rest as in `AttentionBackend.backward`."""
-    group = q.shape[1] // k.shape[1]
-    for document in _documents(cu_seqlens, d_out, q, k, v, out, lse, dq, dk, dv):
-        length = len(document[0])
-        if not length:
-            continue
-        gradient, query, key, value, result, sums = (x.transpose(0, 1).unsqueeze(0) for x in document[:6])
-        causal, mask = _cpu_layout(length, window, q.dtype)
-        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))  # its backward takes no grouped heads
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, query, key, value, result, sums, 0.0, causal, attn_mask=mask, scale=scale
-        )
-        d_query, d_key, d_value = (x.squeeze(0).transpose(0, 1) for x in grads)
-        document[6].copy_(d_query)
-        document[7].copy_(d_key.unflatten(1, (-1, group)).sum(2))
-        document[8].copy_(d_value.unflatten(1, (-1, group)).sum(2))
 
 
 class TorchVarlen(AttentionBackend):

@@ -50,16 +50,21 @@ def glu(gate_up: Tensor, activation: str) -> Tensor:
     Raises:
         ValueError: another activation.
     """
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: one of {', '.join(_ACTIVATIONS)}")
     gate, up = gate_up.chunk(2, dim=-1)
-    return _ACTIVATIONS[activation](gate) * up
+    return _activation(activation)(gate) * up
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
 
 
 def glu_forward(gate_up: Tensor, activation: str, *, out: Tensor | None = None) -> Tensor:
     """`glu` without autograd, written to `out` (T, F) where given."""
-    product = glu(gate_up, activation)
-    return product if out is None else out.copy_(product)
+    gate, up = gate_up.chunk(2, dim=-1)
+    value = _activation(activation)(gate)
+    return torch.mul(value, up, out=value if out is None else out)
 
 
 def glu_backward(
@@ -78,12 +83,14 @@ def glu_backward(
         `d_gate_up`.
     """
     gate, up = gate_up.chunk(2, dim=-1)
-    value = _ACTIVATIONS[activation](gate)
-    d_up = d_out * value
+    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+    value, d_value = _ACTIVATIONS[activation](gate), d_out * up
+    product = None if out is None else value * up  # before `d_up`, which may be `up`, is written
+    torch.mul(d_out, value, out=d_up)
+    if out is not None and product is not None:
+        out.copy_(product)
     if activation == "silu":
-        d_gate = torch.ops.aten.silu_backward(d_out * up, gate)
+        torch.ops.aten.silu_backward(d_value, gate, grad_input=d_gate)
     else:
-        d_gate = torch.ops.aten.gelu_backward(d_out * up, gate, approximate=_APPROXIMATE[activation])
-    if out is not None:
-        out.copy_(value * up)
-    return torch.cat((d_gate, d_up), dim=-1, out=d_gate_up)
+        torch.ops.aten.gelu_backward(d_value, gate, approximate=_APPROXIMATE[activation], grad_input=d_gate)
+    return d_gate_up

@@ -40,7 +40,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
     """(..., 1): 1 / sqrt(mean square + eps)."""
-    return torch.rsqrt(_wide(x).square().mean(-1, keepdim=True) + eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.rsqrt(norm.square() / x.shape[-1] + eps)
 
 
 def _scaled(x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
@@ -104,12 +105,13 @@ def rmsnorm_backward(
     """
     rstd = rstd.view(*x.shape[:-1], 1)
     normalised, upstream = _wide(x) * rstd, _wide(d_normed)
-    scaled = upstream * (_wide(weight) + offset)
-    dx = (scaled - normalised * (scaled * normalised).mean(-1, keepdim=True)) * rstd
+    weighted, products = _wide(weight) + offset, upstream * normalised
+    mean = (products @ weighted).div_(x.shape[-1]).unsqueeze(-1)
+    dx = (upstream * weighted).addcmul_(normalised, mean, value=-1).mul_(rstd)
     if d_residual is not None:
         dx += d_residual
     if weight_grad:  # before `out`, which may be `d_normed`, is written
-        sums = (upstream * normalised).flatten(0, -2).sum(0, keepdim=True)
+        sums = products.flatten(0, -2).sum(0, keepdim=True)
         partial = sums if partial is None else partial.copy_(sums)
     return dx.to(x.dtype) if out is None else out.copy_(dx), partial
 

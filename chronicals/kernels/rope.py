@@ -92,5 +92,12 @@ def rope_qkv_(
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
     heads = qkv.unflatten(1, (num_heads + 2 * num_key_value_heads, -1))
-    turning = heads[:, : num_heads + num_key_value_heads]
-    turning.copy_(_rotate(turning, cos, -sin if inverse else sin))
+    turning = heads[:, : num_heads + num_key_value_heads, : 2 * cos.shape[-1]]
+    wide = turning.to(torch.promote_types(qkv.dtype, cos.dtype))
+    (first, second), sign = wide.chunk(2, dim=-1), -1 if inverse else 1
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned = (second * cos).addcmul_(first, sin, value=sign)
+    first.mul_(cos).addcmul_(second, sin, value=-sign)
+    second.copy_(turned)
+    if wide is not turning:
+        turning.copy_(wide)

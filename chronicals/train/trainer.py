@@ -27,7 +27,7 @@ from chronicals.train.evaluate import evaluate
 from chronicals.train.graph import own_stream
 from chronicals.train.lock import held
 from chronicals.train.metrics import Meter, MetricsFile, OnItsWay, Row
-from chronicals.train.precision import out_of_memory_explained, reproducible
+from chronicals.train.precision import keep_freed_memory, out_of_memory_explained, reproducible
 from chronicals.train.setup import Run, Start
 from chronicals.train.signals import StopSignals
 from chronicals.train.state import RunState
@@ -77,6 +77,8 @@ class Trainer:
         config = self.config
         start = setup.check_start(config)
         loggers.wanted(config)  # a library that is missing is told now
+        if start.device.type == "cpu":
+            keep_freed_memory()
         exact = reproducible(config.seed, start.device, deterministic=config.deterministic)
         with held(start.output_dir), exact, out_of_memory_explained(), own_stream(start.device):
             return self._train(start, dry_run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -15,6 +17,7 @@ from chronicals.kernels.attention import (
     varlen_attention,
     varlen_attention_reference,
 )
+from chronicals.kernels.attention_cpu import Padded
 from tests.kernels.numerics import assert_matches, nan_filled_memory, relative_error
 
 # documents of length 0 and 1, repeated boundaries in the middle and at the end
@@ -186,3 +189,20 @@ def test_backend_is_resolved_once() -> None:
     cpu = torch.device("cpu")
     assert plain_backend(cpu, torch.float16) is plain_backend(cpu, torch.float16)
     assert isinstance(plain_backend(cpu, torch.bfloat16), PerDocument)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[5], [], [0, 0], [3, 0, 9, 4, 10, 1, 0], [1] * 7, [40, 31, 30, 29, 22, 8, 7, 6, 100, 0]]
+)
+def test_documents_of_like_length_lie_in_one_batch(lengths: list[int]) -> None:
+    padded = Padded.of((0, *itertools.accumulate(lengths)))
+    assert sum(count for count, _ in padded.batches) == sum(length > 0 for length in lengths)
+    assert sum(count * length for count, length in padded.batches) == len(padded.tokens) <= sum(lengths) * 4 / 3
+    x = torch.arange(1.0, sum(lengths) + 1)[:, None].expand(-1, 2)
+    laid_out = padded.lay_out(x)
+    assert torch.equal(laid_out[padded.rows], x) and laid_out.count_nonzero() == x.numel()
+    found = [row[row > 0].tolist() for (batch,) in padded.split(laid_out) for row in batch[:, 0]]
+    expected = [part.tolist() for part in x[:, 0].split(lengths) if len(part)] if lengths else []
+    assert sorted(found) == sorted(expected), "each document in order, padded at its end"
+    for (batch,) in padded.split(laid_out):
+        assert all((row > 0).sum() * 4 > 3 * batch.shape[2] for row in batch[:, 0])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -151,3 +153,34 @@ def test_cpu_is_always_deterministic_and_a_gpu_on_request(monkeypatch: pytest.Mo
         assert not torch.are_deterministic_algorithms_enabled()
         assert torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_freed_memory_is_kept() -> None:
+    """A block of 8 MiB, 2048 pages, written and freed 16 times."""
+    program = """
+import ctypes, resource, sys
+from chronicals.train.precision import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.mallopt(-3, 128 * 1024)  # glibc's own threshold, which it would raise by itself
+libc.mallopt(-1, 128 * 1024)
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def use():
+    block = libc.malloc(8 << 20)
+    ctypes.memset(block, 1, 8 << 20)
+    libc.free(ctypes.c_void_p(block))
+use()
+before = faults()
+for _ in range(16):
+    use()
+print(faults() - before)
+"""
+    ran = [
+        subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True)
+        for how in ("kept", "given back")
+    ]
+    kept, given_back = (int(r.stdout) for r in ran)
+    assert kept < 1000 and given_back > 16 * 1000
