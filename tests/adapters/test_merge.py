@@ -49,7 +49,7 @@ def test_files_are_written_as_the_library_does(tmp_path: Path) -> None:
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
-    """16 weights of 8 MiB in one file, each 16 MiB in float32; what held them all would need 128 MiB or more."""
+    """17 tensors of 8 MiB in one file, each 16 MiB in float32; what held them all would need 128 MiB or more."""
     program = f"""
 import json, threading, time
 from pathlib import Path
@@ -62,8 +62,8 @@ base, adapter, out = (Path({str(tmp_path)!r}, name) for name in ("base", "adapte
 for folder in (base, adapter, out):
     folder.mkdir()
 names = [f"model.layers.{{i}}.self_attn.o_proj.weight" for i in range(16)]
-told = {{name: (torch.bfloat16, (2048, 2048)) for name in names}}
-write_tensors(base / "model.safetensors", told, (torch.ones(2048, 2048, dtype=torch.bfloat16) for _ in names))
+told = {{name: (torch.bfloat16, (2048, 2048)) for name in ["model.embed_tokens.weight", *names]}}
+write_tensors(base / "model.safetensors", told, (torch.ones(2048, 2048, dtype=torch.bfloat16) for _ in told))
 (base / "config.json").write_text(json.dumps({{"dtype": "bfloat16"}}))
 parts = [(name.removesuffix(".weight"), kind) for name in names for kind in "AB"]
 shapes = {{"A": (1, 2048), "B": (2048, 1)}}
@@ -76,7 +76,7 @@ def watch():
     while not stop:
         most = max(most, own())
         time.sleep(0.001)
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 merge_weights(base, adapter, out, LoRA(1, 1, ("o_proj",)))
 stop = True
