@@ -106,7 +106,7 @@ def rmsnorm_backward(
     rstd = rstd.view(*x.shape[:-1], 1)
     normalised, upstream = _wide(x) * rstd, _wide(d_normed)
     weighted, products = _wide(weight) + offset, upstream * normalised
-    mean = (products @ weighted).div_(x.shape[-1]).unsqueeze(-1)
+    mean = (products @ weighted.to(products.dtype)).div_(x.shape[-1]).unsqueeze(-1)
     dx = (upstream * weighted).addcmul_(normalised, mean, value=-1).mul_(rstd)
     if d_residual is not None:
         dx += d_residual
