@@ -94,8 +94,8 @@ def green(section: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def best_peer(work: str, of: str, section: Mapping[str, Any]) -> str | None:
-    """The quickest peer that is compared with arm `of`; None where there is none, or where one that has no number here, or
-    none that is a measure of it, was seen to be quicker."""
+    """The quickest peer that is compared with arm `of`; None where there is none, or where one was seen to be quicker
+    that has no number here, or none that is a measure of it."""
     peers = [name for name in green(section) if is_peer(name) and suffix(name) == suffix(of)]
     if not peers:
         return None
