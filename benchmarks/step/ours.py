@@ -25,10 +25,11 @@ from benchmarks.step.works import (
     Work,
     batches,
 )
+from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.peft_files import load_adapter
+from chronicals.adapters.unfused import LoRAProjection
 from chronicals.data.batch import BatchPlan, PackedBatch, collate
 from chronicals.data.documents import Documents
-from chronicals.errors import UserError
 from chronicals.kernels.attention import TorchVarlen
 from chronicals.kernels.ops import Ops
 from chronicals.models.decoder import Decoder
@@ -184,10 +185,12 @@ class OursWithAdapter(Ours):
         self.quantization = NF4() if self.variant == "nf4" else None
         model, place = super().load(ops, device), adapter_folder(self.work, self.folder, self.variant)
         lora = load_adapter(model, place)
-        dropout = peft_config(self.work, self.variant).lora_dropout
-        if getattr(lora, "dropout", 0.0) != dropout:
-            raise UserError(f"the adapter's dropout is {dropout}, and it is not trained with it", "leave the arm out")
-        return model
+        assert lora.dropout == peft_config(self.work, self.variant).lora_dropout
+        adapted = [module for module in model.modules() if isinstance(module, LoRAProjection)]
+        assert all(isinstance(module, JoinedLoRA) == lora.joins for module in adapted), (
+            "the clock is for joined adapters"
+        )
+        return model.train()  # `load_adapter` leaves it without dropout
 
     def started_from(self) -> Path:
         return adapter_folder(self.work, self.folder, self.variant) / WEIGHTS_FILE
