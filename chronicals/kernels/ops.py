@@ -93,7 +93,8 @@ def fused(
     """The bundle of fused kernels.
 
     Args:
-        device, dtype, head_dim: what attention and the GLU's matmuls will be given; they choose who runs them, once.
+        device, dtype, head_dim: what attention and the matmuls of GLUs and LoRA will be given; they choose who runs
+            them, once.
         deterministic: the same bits every time, at some cost in attention's backward pass.
 
     Raises:
@@ -107,14 +108,18 @@ def fused(
         glu,
         glu_matmul,
         linear_cross_entropy,
+        lora_down,
         lora_dropout,
-        lora_thin,
+        lora_grads,
         nf4,
         place_adapters,
         rmsnorm,
         rope,
     )
 
+    down, up_backward, grads = lora_down.lora_down, lora_down.lora_up_backward, lora_grads.lora_grads
+    if dtype == torch.float32:  # cuBLAS, where there are no kernels of ours
+        down, up_backward, grads = lora_thin.lora_down, lora_thin.lora_up_backward, lora_thin.lora_grads
     return Ops(
         embedding_forward=embedding.embedding_forward,
         embedding_backward=embedding.embedding_backward,
@@ -132,9 +137,9 @@ def fused(
         glu_backward=glu.glu_backward,
         glu_matmul=glu_matmul.matmul_for(torch.device(device), dtype),
         place_adapters=place_adapters.place_adapters,
-        lora_down=lora_thin.lora_down,
-        lora_up_backward=lora_thin.lora_up_backward,
-        lora_grads=lora_thin.lora_grads,
+        lora_down=down,
+        lora_up_backward=up_backward,
+        lora_grads=grads,
         nf4_dequantize=nf4.dequantize,
         lora_dropout=lora_dropout.FusedLoRADropout,
         dora_scales=dora.dora_scales,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chronicals.kernels.ops import REFERENCE
+from chronicals.kernels.attention import ByDevice
+from chronicals.kernels.ops import REFERENCE, fused
 from tests.kernels.thin_cases import Case, worst
 
 QKV, Q_AND_V = ((24, 5), (8, 3), (9, 1)), ((24, 5), (8, 0), (9, 4))
@@ -35,3 +36,15 @@ def test_a_frozen_adapter_is_left_out() -> None:
     t, _, u = case.thin(REFERENCE)
     found = case.grads(REFERENCE, t, u, frozen=2)
     assert found[2] is None and worst(found, case.exact_grads(t, u)) < 1e-6
+
+
+def test_float32_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from chronicals.kernels.fused import attention, glu_matmul, lora_down, lora_grads
+
+    monkeypatch.setattr(attention, "backend_for", lambda *_, **__: ByDevice())  # ask the GPU what it is
+    monkeypatch.setattr(glu_matmul, "matmul_for", lambda *_: REFERENCE.glu_matmul)
+    plain = REFERENCE.lora_down, REFERENCE.lora_up_backward, REFERENCE.lora_grads
+    ours = lora_down.lora_down, lora_down.lora_up_backward, lora_grads.lora_grads
+    for dtype, expected in ((torch.float32, plain), (torch.bfloat16, ours), (torch.float16, ours)):
+        ops = fused("cpu", dtype)
+        assert (ops.lora_down, ops.lora_up_backward, ops.lora_grads) == expected

@@ -184,7 +184,7 @@ def _store_partial(
 
 @triton.jit
 def lora_dropout_up_kernel(
-    DX: tl.tensor,  # (tokens, columns), last stride 1: read and written
+    DX: tl.tensor,  # (tokens, columns), last stride 1, of any dtype: read and written
     X: tl.tensor,  # (tokens, columns), last stride 1
     U: tl.tensor,  # (tokens, ranks), last stride 1
     A: tl.tensor,  # (ranks, columns), last stride 1
@@ -281,13 +281,16 @@ class FusedLoRADropout(LoRADropout):
         rows = FLOAT32_ROWS if x.dtype == torch.float32 else UP_ROWS
         parts = up_parts(tokens, columns, x.device)
         partials = torch.empty(a.shape[0], parts, columns, dtype=torch.float32, device=x.device)
+        total = dx.float() if len(self._launches) > 1 else dx  # is rounded once, however many add to it
         for launch in self._launches:
             lora_dropout_up_kernel[(strips, parts)](
-                dx, x, u, a, partials, launch.pieces, self._seed, counter, self.factor,
-                tokens, columns, dx.stride(0), x.stride(0), u.stride(0), a.stride(0),
+                total, x, u, a, partials, launch.pieces, self._seed, counter, self.factor,
+                tokens, columns, total.stride(0), x.stride(0), u.stride(0), a.stride(0),
                 N_PIECES=launch.count, RANK=launch.rank, ALIGNED=launch.aligned,
                 ROWS=rows, COLUMNS=UP_COLUMNS, STAGES=STAGES, num_warps=launch.warps,
             )  # fmt: skip
+        if total is not dx:
+            dx.copy_(total)
         return partials
 
 

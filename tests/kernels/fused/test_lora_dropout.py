@@ -46,13 +46,19 @@ def test_down(pieces: int, rank: int, rows: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "rank", "rows", "kind"),
-    [(1, 32, fused.UP_ROWS, "*bf16"), (3, 64, fused.UP_ROWS, "*bf16"), (3, 16, fused.FLOAT32_ROWS, "*fp32")],
+    ("pieces", "rank", "rows", "kind", "dx"),
+    [
+        (1, 32, fused.UP_ROWS, "*bf16", "*bf16"),
+        (3, 64, fused.UP_ROWS, "*bf16", "*bf16"),
+        (3, 64, fused.UP_ROWS, "*bf16", "*fp32"),  # of several launches
+        (1, 128, fused.UP_ROWS, "*bf16", "*fp32"),
+        (3, 16, fused.FLOAT32_ROWS, "*fp32", "*fp32"),
+    ],
 )
-def test_up(pieces: int, rank: int, rows: int, kind: str) -> None:
+def test_up(pieces: int, rank: int, rows: int, kind: str, dx: str) -> None:
     compiled = compile_all(
         fused.lora_dropout_up_kernel,
-        signature(kind, "dx_stride", "u_stride") | {"DX": kind, "U": kind, "PARTIAL": "*fp32", "factor": "fp32"},
+        signature(kind, "dx_stride", "u_stride") | {"DX": dx, "U": kind, "PARTIAL": "*fp32", "factor": "fp32"},
         constexprs(pieces, rank, rows, fused.UP_COLUMNS),
         num_warps=fused.warps(rank),
         targets=TARGETS if pieces == 1 and rank == 32 else EXTREMES,

@@ -66,7 +66,9 @@ def test_both_halves(size: tuple[int, int], count: int, dtype: torch.dtype) -> N
     assert torch.equal(ours.up_(again, x, u, a, COUNTER), parts_of_a) and torch.equal(again, dx)
 
 
-def test_high_ranks_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_high_ranks_go_in_pieces(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """In several launches, of which dx is rounded once."""
     monkeypatch.setattr(fused, "MOST_RANK", 16)
     monkeypatch.setattr(fused, "MOST_RANKS", 32)
     parts = [Part(0, 40, 2.0, 5), Part(40, 16, 0.5, 6)]
@@ -75,13 +77,14 @@ def test_high_ranks_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         [(32, 8), (40, 16)],
     ]
     ours, plain = pair(parts, 0.3)
-    x, dx, a, u = torch.randn(20, 72), torch.randn(20, 72), torch.randn(56, 72), torch.randn(20, 56)
+    x, dx, a, u = (inside(torch.randn(size).to(dtype)) for size in ((20, 72), (20, 72), (56, 72), (20, 56)))
+    out = torch.empty(20, 56, dtype=dtype)
     exact = plain.down(x.double(), a.double(), COUNTER, out=torch.zeros(20, 56, dtype=torch.float64))
-    assert relative_error(ours.down(x, a, COUNTER, out=torch.empty(20, 56)), exact) < 1e-6
+    assert relative_error(ours.down(x, a, COUNTER, out=out), exact) < {torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
     d_exact = dx.double()
     partials = plain.up_(d_exact, x.double(), u.double(), a.double(), COUNTER)
     assert relative_error(ours.up_(dx, x, u, a, COUNTER).sum(1), partials.sum(1)) < 1e-6
-    assert relative_error(dx, d_exact) < 1e-6
+    assert relative_error(dx, d_exact) <= 1.05 * relative_error(d_exact.to(dtype), d_exact) + 1e-6
 
 
 def test_no_tokens() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from chronicals.kernels.fused import lora_thin as fused
+from chronicals.kernels.fused import lora_down, lora_grads, lora_thin
 from tests.kernels.aot import TARGETS, Compiled, compile_all
 
 BLOCKS = {f"{name}{part}": "i32:16" for part in range(3) for name in ("first", "columns", "start", "rank")}
-DOWNS = {"down": fused.DOWN, "long": fused.DOWN_LONG, "up": fused.UP}
+DOWNS = {"down": lora_down.DOWN, "long": lora_down.DOWN_LONG, "up": lora_down.UP}
 
 
 def compiled(
@@ -21,7 +21,7 @@ def compiled(
     kernel: Any,
     signature: dict[str, str],
     constexprs: dict[str, Any],
-    config: fused.Config,
+    config: lora_thin.Config,
     size: int,
     split: bool,
 ) -> dict[str, Compiled]:
@@ -33,8 +33,8 @@ def compiled(
     found = {}
     for name, target in TARGETS.items():
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "device_limits", lambda _, limit=target[1]: (132, limit))
-            stages = fused._stages(config, size, torch.device("cpu"))
+            patch.setattr(lora_thin, "device_limits", lambda _, limit=target[1]: (132, limit))
+            stages = lora_thin.stages(config, size, torch.device("cpu"))
         found |= compile_all(
             kernel, signature, constexprs | {"STAGES": stages}, num_warps=config.warps, targets={name: target}
         )
@@ -60,7 +60,7 @@ def test_down(monkeypatch: pytest.MonkeyPatch, name: str, width: int, split: boo
     signature |= dict.fromkeys(("x_stride", "right_stride", "out_stride", "copy_stride"), "i32:16")
     constexprs = {"ACROSS": across, "WIDTH": width, **({"SCALES": None} if across else {"COPY": None})}
     size = (config.rows + width) * config.columns * 2
-    found = compiled(monkeypatch, fused.lora_down_kernel, signature, constexprs, config, size, split)
+    found = compiled(monkeypatch, lora_down.lora_down_kernel, signature, constexprs, config, size, split)
     assert found["sm_90"].stack == found["sm_80"].stack == 0
     assert "cp.async.cg" in found["sm_90"].assembly and "cp.async.ca" not in found["sm_90"].assembly
     assert "wgmma" in found["sm_90"].assembly or config.rows < 64
@@ -70,10 +70,14 @@ def test_down(monkeypatch: pytest.MonkeyPatch, name: str, width: int, split: boo
 
 @pytest.mark.parametrize(
     ("config", "parts", "widths", "split"),
-    [(fused.GRADS, 3, (128, 32), True), (fused.GRADS_LONG, 2, (64, 32), True), (fused.GRADS, 1, (32, 32), False)],
+    [
+        (lora_grads.GRADS, 3, (128, 32), True),
+        (lora_grads.GRADS_LONG, 2, (64, 32), True),
+        (lora_grads.GRADS, 1, (32, 32), False),
+    ],
 )
 def test_grads(
-    monkeypatch: pytest.MonkeyPatch, config: fused.Config, parts: int, widths: tuple[int, int], split: bool
+    monkeypatch: pytest.MonkeyPatch, config: lora_thin.Config, parts: int, widths: tuple[int, int], split: bool
 ) -> None:
     outs = [f"{name}{part}" for part in range(3) for name in ("DA", "DB")]
     signature = dict.fromkeys(("D", "U", "X", "T", *outs[: 2 * parts]), "*bf16") | {"tokens": "i32"}
@@ -81,7 +85,7 @@ def test_grads(
     signature |= dict.fromkeys(sizes, "i32:16")
     constexprs = dict.fromkeys(outs[2 * parts :]) | {"ADD": parts == 1, "A_WIDTH": widths[0], "B_WIDTH": widths[1]}
     size = (config.columns + max(widths)) * config.rows * 2
-    found = compiled(monkeypatch, fused.lora_grads_kernel, signature, constexprs, config, size, split)
+    found = compiled(monkeypatch, lora_grads.lora_grads_kernel, signature, constexprs, config, size, split)
     assembly = found["sm_90"].assembly
     assert found["sm_90"].stack == 0
     assert "wgmma" in assembly and "cp.async.cg" in assembly and "cp.async.ca" not in assembly
@@ -89,14 +93,13 @@ def test_grads(
         check_counting(assembly)
 
 
-@pytest.mark.parametrize("kind", ["*fp32", "*fp16:1"])
-def test_other_forms(kind: str) -> None:
-    """Float32, and sizes, ranks and addresses that nothing is known of."""
-    config = fused.FLOAT32 if kind == "*fp32" else fused.DOWN
+def test_other_forms() -> None:
+    """Float16, and sizes, ranks and addresses that nothing is known of."""
+    config, kind = lora_down.DOWN, "*fp16:1"
     names = ("x_stride", "right_stride", "out_stride", "copy_stride", "chunk", *BLOCKS)
     signature = dict.fromkeys(("X", "RIGHT", "OUT", "COPY"), kind) | {"SCALES": "*fp32"}
     signature |= {"alpha": "fp32", "tokens": "i32"} | dict.fromkeys(names, "i32")
     constexprs = {"ACROSS": True, "WIDTH": 32, "SPLIT": False, "PARTIAL": None, "COUNTER": None}
     constexprs |= {"ROWS": config.rows, "COLUMNS": config.columns, "COLUMN_ALIGN": 1, "RANK_ALIGN": 1, "STAGES": 2}
     targets = {name: TARGETS[name] for name in ("sm_80", "sm_90", "gfx942")}
-    compile_all(fused.lora_down_kernel, signature, constexprs, num_warps=config.warps, targets=targets)
+    compile_all(lora_down.lora_down_kernel, signature, constexprs, num_warps=config.warps, targets=targets)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
-from chronicals.kernels.fused import lora_thin as fused
+from chronicals.kernels.fused import lora_down, lora_grads, lora_thin
 from chronicals.kernels.lora_thin import Block
-from tests.kernels.thin_cases import Case, worst
+from tests.kernels.thin_cases import Case, fused, worst
 
 Parts = tuple[tuple[int, int], ...]
 QKV: Parts = ((40, 5), (20, 3), (21, 17))
@@ -25,29 +25,30 @@ CASES = {
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
 
 
-def ops(config: fused.Config) -> SimpleNamespace:
-    """The kernels, cut as `config` says."""
+def ops(config: lora_thin.Config) -> SimpleNamespace:
+    """The kernels, cut as `config` says, of any dtype."""
 
-    def lora_down(x, a, *, alpha, scales, out, copy):
-        fused.launch_down(config, x, a, [Block(0, x.shape[1], 0, len(a))], alpha, scales, out, copy, across=True)
+    def down(x, a, *, alpha, scales, out, copy):
+        lora_down.launch_down(config, x, a, [Block(0, x.shape[1], 0, len(a))], alpha, scales, out, copy, across=True)
 
-    def lora_up_backward(d_out, b, blocks, *, alpha, scales, out):
+    def up_backward(d_out, b, blocks, *, alpha, scales, out):
         *others, last = blocks
         blocks = [*others, last._replace(rank=out.shape[1] - last.start)]
-        fused.launch_down(config, d_out, b, blocks, alpha, scales, out, None, across=False)
+        lora_down.launch_down(config, d_out, b, blocks, alpha, scales, out, None, across=False)
 
-    def lora_grads(*operands, add):
-        fused.launch_grads(config, *operands, add=add)
+    def grads(*operands, add):
+        lora_grads.launch_grads(config, *operands, add=add)
 
-    return SimpleNamespace(lora_down=lora_down, lora_up_backward=lora_up_backward, lora_grads=lora_grads)
+    return SimpleNamespace(lora_down=down, lora_up_backward=up_backward, lora_grads=grads)
 
 
-WHOLE, SPLIT = (ops(fused.Config(16, 32, 4, 2, programs)) for programs in (1, 16))
+WHOLE, SPLIT = (ops(lora_thin.Config(16, 32, 4, 2, programs)) for programs in (1, 16))
+CHOSEN = fused()
 
 
 @pytest.mark.parametrize(
     ("cut", "dtype"),
-    [(WHOLE, torch.float32), (SPLIT, torch.float32), (SPLIT, torch.float16), (fused, torch.float16)],
+    [(WHOLE, torch.float32), (SPLIT, torch.float32), (SPLIT, torch.float16), (CHOSEN, torch.float16)],
     ids=["whole", "split", "split, half", "as chosen, half"],
 )
 @pytest.mark.parametrize("name", CASES)
@@ -58,7 +59,7 @@ def test_values(name: str, cut: object, dtype: torch.dtype) -> None:
         assert torch.equal(t, copy)
         assert worst((t, u), case.exact_thin()) < TOLERANCE[dtype]
         assert worst(case.grads(cut, copy, u), case.exact_grads(copy, u)) < TOLERANCE[dtype]
-    assert not fused._counters(case.x.device).any()
+    assert not lora_thin.counters(case.x.device).any()
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.float16])
@@ -98,14 +99,18 @@ def test_parts_are_added_in_order_whoever_comes_last(monkeypatch: pytest.MonkeyP
 
 
 def test_no_tokens() -> None:
-    case = Case(0, 40, QKV, dtype=torch.float32)
-    t, copy, u = case.thin(fused)
+    case = Case(0, 40, QKV, dtype=torch.float16)
+    t, copy, u = case.thin(CHOSEN)
     assert t.numel() == copy.numel() == u.numel() == 0
-    assert all(g is not None and not g.any() for g in case.grads(fused, t, u))
-    assert all(g is not None and (g == 1).all() for g in case.grads(fused, t, u, add=True))
+    assert all(g is not None and not g.any() for g in case.grads(CHOSEN, t, u))
+    assert all(g is not None and (g == 1).all() for g in case.grads(CHOSEN, t, u, add=True))
 
 
 def test_what_does_not_fit_is_refused() -> None:
     case = Case(*CASES["one"], dtype=torch.float32)
     with pytest.raises(AssertionError):
-        case.grads(fused, case.x[:-1].half(), case.d[:-1])
+        case.grads(SPLIT, case.x[:-1].half(), case.d[:-1])
+    with pytest.raises(AssertionError, match=r"no kernel for torch\.float32"):
+        case.thin(CHOSEN)
+    with pytest.raises(AssertionError, match=r"no kernel for torch\.float32"):
+        case.grads(CHOSEN, case.x[:-1, case.inputs :], case.d[:-1, case.outputs :])
