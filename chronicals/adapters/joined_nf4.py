@@ -9,6 +9,7 @@ where their adapters lie alike. QLoRA (Dettmers et al. 2023) is LoRA on such wei
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Self
 
 from torch import Tensor
 
@@ -39,6 +40,11 @@ class JoinedNF4LoRA(JoinedLoRA):
 
     def _share(self) -> None:
         """It stays where it was loaded."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._place = None  # A and B may lie elsewhere now
+        return self
 
     def placements(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(())

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from chronicals import hub
 from chronicals.data.prepare import cache_root, code_version
 from chronicals.data.tokenizer import FILES, ChatTokenizer, asked_template, load_tokenizer
+from chronicals.kernels.turns import short_turns
 
 if TYPE_CHECKING:
     from chronicals.config import TrainConfig
@@ -51,12 +51,8 @@ class RememberedTokenizer(ChatTokenizer):
             self._thread.start()
 
     def _load_beside(self) -> None:
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(1e-4)  # by default a step's every torch op would wait 5 ms for this thread
-        try:
+        with short_turns():
             self.load()
-        finally:
-            sys.setswitchinterval(interval)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _FIELDS:

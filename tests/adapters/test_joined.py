@@ -198,6 +198,20 @@ def test_gradients_that_nobody_reads_are_not_computed(
     assert (calls.count("norm"), calls.count("attention")) == (norms, attentions)
 
 
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"dropout": 0.5}], ids=str)
+def test_one_token(options: dict[str, Any]) -> None:
+    """The stride of a single row is whatever the last view made of it."""
+    lora = replace(VARIANTS["all"], **options)
+    one = torch.zeros(1, dtype=torch.int64)
+    found = []
+    for joined in (PROJECTIONS, ()):
+        model = model_of("window", lora, joined=joined)
+        hidden = model(one + 3, one, torch.tensor([0, 1], dtype=torch.int32), 1)
+        hidden.sum().backward()
+        found.append([hidden, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12) for ours, theirs in zip(*found, strict=True))
+
+
 def test_room_is_made_and_never_guessed() -> None:
     x = with_room(torch.empty(3, 5), 7, 2)
     assert x.shape == (3, 7) and widened(x, 2).shape == (3, 9) and widened(x, 2).is_contiguous()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.joined_nf4 import JoinedNF4LoRA
 from chronicals.adapters.lora import PROJECTIONS, LoRA, add_lora, all_linear
 from chronicals.adapters.peft_files import fill_adapter, load_adapter
+from chronicals.kernels.ops import REFERENCE
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views, load_model
 from chronicals.models.layer import Recompute
@@ -113,6 +115,24 @@ def test_buffers_are_shared_by_layers_and_hold_what_is_used_last(plain: Path) ->
     first = gradients(model)
     again = gradients(model)
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_adapters_that_lie_elsewhere_are_found(plain: Path) -> None:
+    """Plans keep addresses: what was moved is placed anew."""
+
+    def by_address(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
+        return REFERENCE.place_adapters([(source.detach(), place) for source, place in pairs])
+
+    model = load_model(plain, quantization=NF4(), ops=replace(REFERENCE, place_adapters=by_address))
+    add_lora(model, LoRA(3, 6, all_linear(model.config)))
+    gradients(model)
+    model._apply(torch.clone)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    found = gradients(model)
+    assert all(gradient.norm() > 0 for name, gradient in found.items() if "lora_A" in name)
 
 
 def test_bf16(plain: Path) -> None:

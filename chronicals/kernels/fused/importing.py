@@ -14,6 +14,8 @@ from pathlib import Path
 from threading import Thread, current_thread
 from types import ModuleType
 
+from chronicals.kernels.turns import short_turns
+
 
 def import_in_thread(name: str, importer: Callable[[], ModuleType]) -> Future[ModuleType]:
     """What `importer` returns, or what kept it from that, once the thread that runs it is done."""
@@ -27,14 +29,13 @@ def import_in_thread(name: str, importer: Callable[[], ModuleType]) -> Future[Mo
 
 
 def _import_into(future: Future[ModuleType], importer: Callable[[], ModuleType]) -> None:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)  # by default the main thread would wait 5 ms after each of its thousands of torch ops
     try:
-        future.set_result(importer())
+        with short_turns():
+            module = importer()
     except Exception as error:  # noqa: BLE001  raised again where the library is wanted
         future.set_exception(error)
-    finally:
-        sys.setswitchinterval(interval)
+    else:
+        future.set_result(module)
 
 
 def kernel_cache(name: str) -> str:
