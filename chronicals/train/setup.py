@@ -250,7 +250,7 @@ def check_disk(run: Run) -> None:
 def header(run: Run) -> dict[str, str]:
     """What will be trained on what, by name."""
     stats, plan, model = run.data.train.stats, run.data.plan, run.model
-    trained = sum(gradient.numel() for gradient in run.step.gradients.buffers.values())
+    trained = sum(view.numel() for view in run.step.gradients.views.values())
     total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())  # two codes a byte
     checkpoint, _ = checkpoint_bytes(model, run.optimizer)
     device = torch.cuda.get_device_name(run.start.device) if run.start.device.type == "cuda" else "CPU"
