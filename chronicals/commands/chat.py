@@ -7,6 +7,7 @@ Left out: our own sampling loop. What is tried here must be what was saved, load
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,33 @@ def name_checkpoint(run: Path, verb: str, files: Sequence[str]) -> None:
         )
 
 
+def find_base(adapter: Path, patterns: Sequence[str], mend: str) -> Path:
+    """The folder of the base model that an adapter names, local or from the hub.
+
+    Args:
+        adapter: its folder.
+        patterns: globs of the files to download.
+        mend: what the user can do where there is none.
+
+    Raises:
+        UserError: the adapter names none, or it cannot be had.
+    """
+    from chronicals.hub import resolve
+
+    file = adapter / ADAPTER_FILE
+    try:
+        named = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"this is not JSON ({error})", "get it again", file=file) from error
+    name = named.get("base_model_name_or_path") if isinstance(named, dict) else None
+    if not name or not isinstance(name, str):
+        raise UserError("base_model_name_or_path is missing", mend, file=file)
+    try:
+        return resolve(name, revision=named.get("revision"), allow_patterns=patterns)
+    except UserError as error:
+        raise UserError(f"the base model: {error.reason}", f"{mend}; {error.mend}", file=file) from error
+
+
 class Partner:
     """The model, its tokenizer and the conversation so far."""
 
@@ -82,9 +110,13 @@ class Partner:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
+        from chronicals.models.hf import DOWNLOADS
+
         disable_progress_bar()
         if (path / ADAPTER_FILE).is_file() and importlib.util.find_spec("peft") is None:
             raise UserError("this is an adapter, which transformers loads with peft", "pip install peft", file=path)
+        if (path / ADAPTER_FILE).is_file():
+            find_base(path, DOWNLOADS, "write its folder into base_model_name_or_path")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")

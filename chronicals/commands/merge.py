@@ -16,8 +16,8 @@ Left out: half precision for the comparison (both sides would round), merging se
 
 from __future__ import annotations
 
+import errno
 import itertools
-import json
 import os
 import re
 import shutil
@@ -28,9 +28,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from chronicals.commands.chat import ADAPTER_FILE, name_checkpoint
+from chronicals.commands.chat import ADAPTER_FILE, find_base, name_checkpoint
 from chronicals.errors import UserError
 
 if TYPE_CHECKING:
@@ -137,9 +137,7 @@ def merge(
         merged = _run(load_model(aside, device=where), vocab_size)
         report = _compare(out, dtypes, before, unmerged, merged)
         if report.passed:
-            if out.exists():
-                out.rmdir()
-            aside.rename(out)
+            _publish(aside, out)
     return report
 
 
@@ -164,23 +162,11 @@ def _base_folder(adapter: Path, base: str | None) -> Path:
     from chronicals import hub
     from chronicals.models.hf import DOWNLOADS
 
-    file = adapter / ADAPTER_FILE
-    named: dict[str, Any] = {"base_model_name_or_path": base}
+    patterns = (*DOWNLOADS, *_TOKENIZER)
     if base is None:
-        try:
-            named = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"this is not JSON ({error})", "get it again", file=file) from error
-    name = named.get("base_model_name_or_path")
-    if not name:
-        raise UserError("base_model_name_or_path is missing", "name the base model: --base DIR", file=file)
-    try:
-        folder = hub.resolve(name, revision=named.get("revision"), allow_patterns=(*DOWNLOADS, *_TOKENIZER))
-    except UserError as error:
-        if base is not None:
-            raise
-        mend = f"{error.mend}, or name the base model: --base DIR"
-        raise UserError(f"the base model: {error.reason}", mend, file=file) from error
+        folder = find_base(adapter, patterns, "name the base model: --base DIR")
+    else:
+        folder = hub.resolve(base, allow_patterns=patterns)
     config = folder / "config.json"
     if config.is_file() and re.search(r'"quantization_config":\s*\{', config.read_text(encoding="utf-8")):
         raise UserError(
@@ -204,7 +190,10 @@ def _aside(out: Path, needed: int) -> Iterator[Path]:
     process is asked to stop."""
     place = out.absolute()
     folder = place.with_name(f".{place.name}.merging-{os.getpid()}")
-    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{out} would be inside a file, {error.filename}", "choose another --out") from error
     free = shutil.disk_usage(place.parent).free
     if free < needed:
         raise UserError(
@@ -220,6 +209,16 @@ def _aside(out: Path, needed: int) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _publish(aside: Path, out: Path) -> None:
+    """Gives the folder its name, which by now another merge may have taken."""
+    try:
+        aside.rename(out)  # onto an empty folder too
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(f"{out} was taken while this merge ran", "choose another --out") from error
 
 
 def _same_base(adapter: Path, base: Path) -> Callable[[str, Tensor], None]:

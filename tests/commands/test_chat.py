@@ -118,6 +118,12 @@ def test_an_adapter_answers_beside_its_base_model(
     assert capsys.readouterr().out not in (plain, "", "\n")
     with pytest.raises(UserError, match=r"no final model yet; try its last checkpoint: chronicals chat .*checkpoint-3"):
         model_folder(str(tmp_path))
+    save_adapter(model, lora, adapter, base_model=str(tmp_path / "moved"))
+    with pytest.raises(UserError) as caught:
+        ask(adapter, "hello")
+    assert f"adapter_config.json: the base model: {tmp_path}/moved does not exist; write its folder into" in str(
+        caught.value
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="this is an adapter, which transformers loads with peft; pip install peft"):
         ask(adapter, "hello")

@@ -266,17 +266,24 @@ def test_what_cannot_be_merged(user: Path, capsys: pytest.CaptureFixture[str]) -
     assert refused("./adaptr") == "error: ./adaptr does not exist; did you mean adapter?"
     assert refused("adapter", "--out", "taken") == "error: taken is not empty; choose another --out"
     assert refused("adapter", "--out", "taken/file") == "error: taken/file is a file; choose another --out"
+    assert refused("adapter", "--out", "taken/file/out") == (
+        f"error: taken/file/out would be inside a file, {user}/taken/file; choose another --out"
+    )
+    assert refused("adapter", "--out", "taken/file/deep/out").endswith("; choose another --out")
     assert refused("adapter", "--base", "./bse") == "error: ./bse does not exist; did you mean base?"
     assert "device" in refused("adapter", "--device", "cuda")
     edit_adapter(user / "adapter", base_model_name_or_path=str(user / "bas"))
     assert refused("adapter") == (
-        f"error: adapter/adapter_config.json: the base model: {user}/bas does not exist; did you mean {user}/base?, "
-        "or name the base model: --base DIR"
+        f"error: adapter/adapter_config.json: the base model: {user}/bas does not exist; name the base model: "
+        f"--base DIR; did you mean {user}/base?"
     )
-    edit_adapter(user / "adapter", base_model_name_or_path=None)
-    assert refused("adapter") == (
-        "error: adapter/adapter_config.json: base_model_name_or_path is missing; name the base model: --base DIR"
-    )
+    written = (user / "adapter/adapter_config.json").read_text()
+    for content in ('{"base_model_name_or_path": null}', '{"base_model_name_or_path": 3}', "[1]"):
+        (user / "adapter/adapter_config.json").write_text(content)
+        assert refused("adapter") == (
+            "error: adapter/adapter_config.json: base_model_name_or_path is missing; name the base model: --base DIR"
+        )
+    (user / "adapter/adapter_config.json").write_text(written)
     names.append("other")
     save_reference("qwen3", user / "other")
     capsys.readouterr()  # of its progress bar
@@ -291,6 +298,26 @@ def test_what_cannot_be_merged(user: Path, capsys: pytest.CaptureFixture[str]) -
 def test_an_empty_folder_is_a_place_too(user: Path) -> None:
     (user / "out").mkdir()
     assert merge("adapter", Path("out")).passed
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_another_merge_was_quicker(
+    user: Path, as_file: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def taken(*arguments: Any, **options: Any) -> Any:
+        if as_file:
+            (user / "out").write_text("theirs")
+        else:
+            (user / "out").mkdir()
+            (user / "out/theirs").touch()
+        return write(*arguments, **options)
+
+    write = weights.merge_weights
+    monkeypatch.setattr(weights, "merge_weights", taken)
+    assert run(["merge", "adapter", "--out", "out"]) == 2
+    assert capsys.readouterr().err == "error: out was taken while this merge ran; choose another --out\n"
+    assert nothing_is_left(user, "out")
+    assert (user / "out").read_text() == "theirs" if as_file else (user / "out/theirs").exists()
 
 
 def test_a_full_disk(user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
