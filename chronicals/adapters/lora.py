@@ -61,6 +61,16 @@ class LoRA:
     modules_to_save: tuple[str, ...] = ()  # ends of names of modules that are trained whole
     ensure_weight_tying: bool = False  # a tied embedding in modules_to_save stays tied; else each gets a copy
 
+    def __post_init__(self) -> None:
+        """Raises UserError where what is read as a regular expression is none."""
+        one = [names for names in (self.targets, self.exclude_modules) if isinstance(names, str)]
+        for expression in (*one, *self.rank_pattern, *self.alpha_pattern, *self.layers_pattern, *self.modules_to_save):
+            try:
+                re.compile(expression)
+            except re.error as error:
+                mend = "write names as a list, or mend the expression"
+                raise UserError(f"{expression!r} is no regular expression ({error})", mend) from error
+
     @property
     def takes_out(self) -> bool:
         """Whether what an adapter begins with is taken out of the weight."""
@@ -150,6 +160,11 @@ def all_linear(config: ModelConfig) -> tuple[str, ...]:
 def check_targets(targets: Names, config: ModelConfig, *, key: str = "lora_target_modules") -> None:
     """Raises UserError where one of `targets` names no module of the model, with the nearest name that does."""
     modules, names = linear_modules(config), all_linear(config)
+    if isinstance(targets, str) and not any(re.fullmatch(targets, module) for module in modules):
+        raise UserError(
+            f"{key}: {targets!r} is no list but a regular expression, which matches no linear layer's whole name",
+            f"write a list such as [q_proj, v_proj], or an expression for names such as {modules[0]}",
+        )
     for target in () if isinstance(targets, str) else targets:
         if any(LoRA(1, 1, (target,)).adapts(module) for module in modules):
             continue

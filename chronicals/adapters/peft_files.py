@@ -104,6 +104,7 @@ def read_lora(folder: Path, config: ModelConfig) -> LoRA:
     bias = data.get("bias") or "none"
     if bias not in ("none", "all", "lora_only"):
         raise UserError(f"bias: {bias!r} is not supported", "it is none, all or lora_only", file=file)
+    _check_numbers(data, file)
     layers = data.get("layers_to_transform")
     return LoRA(
         data["r"],
@@ -124,11 +125,32 @@ def read_lora(folder: Path, config: ModelConfig) -> LoRA:
     )
 
 
+def _check_numbers(data: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError for a rank, alpha or dropout that no adapter can have."""
+
+    def known(value: Any, kinds: tuple[type, ...]) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool)
+
+    for key, single, kinds in (("rank_pattern", "r", (int,)), ("alpha_pattern", "lora_alpha", (int, float))):
+        patterns = data.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise UserError(f"{key}: {patterns!r} is no mapping", "get the file again", file=file)
+        for value in (data[single], *patterns.values()):
+            if not known(value, kinds) or value <= 0:
+                raise UserError(f"{single} or {key}: {value!r} is no positive number", "get the file again", file=file)
+    dropout = data.get("lora_dropout") or 0.0
+    if not known(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise UserError(f"lora_dropout: {dropout!r} is not in [0, 1)", "get the file again", file=file)
+
+
 def _targets(targets: Any, config: ModelConfig, file: Path) -> Names:
     if targets == "all-linear":
         return all_linear(config)
     if isinstance(targets, list):
-        check_targets(tuple(targets), config, key="target_modules")
+        try:
+            check_targets(tuple(targets), config, key="target_modules")
+        except UserError as error:
+            raise error.at(file) from error
     elif not isinstance(targets, str):
         raise UserError("target_modules is missing", "give an adapter that names its targets", file=file)
     return _names(targets)

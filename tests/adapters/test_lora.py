@@ -369,16 +369,37 @@ def test_masks_are_of_their_own(base: tuple[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"targets": "(["},
+        {"exclude_modules": "(["},
+        {"rank_pattern": {"([": 3}},
+        {"alpha_pattern": {"([": 3}},
+        {"layers_pattern": ("([",)},
+        {"modules_to_save": ("([",)},
+    ],
+)
+def test_what_is_no_regular_expression(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"'\(\[' is no regular expression \(.*\); write names as a list, or mend"):
+        LoRA(**{"r": 1, "alpha": 1, "targets": ("q_proj",)} | options)
+
+
+@pytest.mark.parametrize(
     ("targets", "says"),
     [
         (["q_prj"], "lora_target_modules: the model has no linear layer 'q_prj'; did you mean 'q_proj'?"),
         (["q_proj", "Wqkv"], "lora_target_modules: the model has no linear layer 'Wqkv'; use q_proj, k_proj, v_proj,"),
         (["layers.7.mlp.up_proj"], "the model has no linear layer 'layers.7.mlp.up_proj'; did you mean"),
+        (
+            "q_proj",
+            "lora_target_modules: 'q_proj' is no list but a regular expression, which matches no linear layer's",
+        ),
+        ("q_proj,v_proj", "write a list such as [q_proj, v_proj], or an expression for names such as model.layers.0."),
         (["lm_head"], "lora_target_modules: adapters of lm_head are not supported yet; use q_proj"),
         (["embed_tokens"], "lora_target_modules: adapters of embed_tokens are not supported yet; use q_proj"),
     ],
 )
-def test_a_target_that_names_no_module(base: tuple[str, Path], targets: list[str], says: str) -> None:
+def test_a_target_that_names_no_module(base: tuple[str, Path], targets: list[str] | str, says: str) -> None:
     with pytest.raises(UserError) as caught:
         check_targets(targets, load_model(base[1]).config)
     assert says in str(caught.value)
@@ -398,6 +419,13 @@ def test_a_target_that_names_no_module(base: tuple[str, Path], targets: list[str
         ("target_modules", ["c_attn"], "target_modules: the model has no linear layer 'c_attn'"),
         ("target_modules", ["q_proj"], "v_proj.lora_A.weight belongs to no target of adapter_config.json"),
         ("target_modules", ["q_proj", "v_proj", "o_proj"], "o_proj.lora_A.weight is missing"),
+        ("target_modules", ["q_prj"], "adapter_config.json: target_modules: the model has no linear layer 'q_prj'"),
+        ("r", 0, "adapter_config.json: r or rank_pattern: 0 is no positive number; get the file again"),
+        ("r", "4", "r or rank_pattern: '4' is no positive number"),
+        ("rank_pattern", {"q_proj": 2.5}, "r or rank_pattern: 2.5 is no positive number"),
+        ("rank_pattern", 7, "rank_pattern: 7 is no mapping"),
+        ("lora_alpha", None, "lora_alpha or alpha_pattern: None is no positive number"),
+        ("lora_dropout", 1.0, "adapter_config.json: lora_dropout: 1.0 is not in [0, 1); get the file again"),
         ("target_modules", "nothing", "no linear layer of the model is a target: nothing"),
         ("r", 5, "has shape (3, 32), (5, 32) is wanted"),
     ],
