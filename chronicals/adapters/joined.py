@@ -56,12 +56,17 @@ class JoinedLoRA(LoRAProjection):
         self.rank = starts[-1]
         self.in_room = self.out_room = -(-self.rank // ROOM) * ROOM
         self._join()
-        scalings = [target.scaling for target in targets.values()]
+        self._scale()
+
+    def _scale(self) -> None:
+        """One factor for all ranks, or one each, float32 whatever the dtype of the rest."""
+        scalings = [target.scaling for target in self.targets.values()]
         alike = len(set(scalings)) == 1
         self.alpha = scalings[0] if alike else 1.0
         each = torch.tensor(scalings, dtype=torch.promote_types(self.joined.dtype, torch.float32))
-        each = F.pad(each.repeat_interleave(torch.tensor(ranks)), (0, self.in_room - self.rank))
-        self.register_buffer("scales", None if alike else each.to(self.joined.device), persistent=False)
+        each = each.repeat_interleave(torch.tensor([target.r for target in self.targets.values()]))
+        each = F.pad(each, (0, self.in_room - self.rank))
+        self.scales = None if alike else each.to(self.joined.device)
 
     def _join(self) -> None:
         """Makes the buffer, with the weight in it."""
@@ -79,6 +84,7 @@ class JoinedLoRA(LoRAProjection):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> JoinedLoRA:
         super()._apply(fn, recurse)
         self._share()
+        self._scale()
         return self
 
     def placements(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -14,6 +14,7 @@ Shapes: T tokens, H hidden, Nq and Nk query and key heads, D head width, F inter
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -200,6 +201,13 @@ class Decoder(nn.Module):
         super()._apply(fn, recurse)
         self.projections_changed()
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
+        """A copy computes with parameters of its own: what holds addresses, or shares memory, is made anew."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(deepcopy(self.__dict__ | {"_placing": None}, memo))
+        return new._apply(lambda tensor: tensor)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -210,6 +211,29 @@ def test_one_token(options: dict[str, Any]) -> None:
         hidden.sum().backward()
         found.append([hidden, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert all(torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12) for ours, theirs in zip(*found, strict=True))
+
+
+def test_a_copy_has_adapters_of_its_own() -> None:
+    model = model_of("window", VARIANTS["all"], joined=PROJECTIONS)
+
+    def run(one: Decoder) -> Tensor:
+        return one(torch.arange(6) % 5, torch.arange(6), torch.tensor([0, 6], dtype=torch.int32), 6).detach()
+
+    first = run(model)
+    copy = deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert not torch.allclose(run(copy), first), "the copy computes with the adapters of the model"
+    assert torch.equal(run(model), first)
+    assert all(m.weight.data_ptr() == m.joined.data_ptr() for m in copy.modules() if isinstance(m, JoinedLoRA))
+
+
+def test_scales_of_each_rank_stay_float32() -> None:
+    model = model_of("window", VARIANTS["patterns"], joined=PROJECTIONS).to(torch.bfloat16)
+    scales = [m.scales for m in model.modules() if isinstance(m, JoinedLoRA) and m.scales is not None]
+    assert scales and all(one.dtype == torch.float32 for one in scales)
 
 
 def test_room_is_made_and_never_guessed() -> None:

@@ -142,7 +142,7 @@ def dora_scales(targets: Sequence[DoRARows]) -> Callable[[], None]:
     """As `chronicals.kernels.dora.dora_scales`; a call of the plan is one launch, however many targets it has."""
     if not targets:
         return lambda: None
-    like = targets[0]
+    like, held = targets[0], list(targets)  # addresses alone keep no memory alive
     device, fields, tiles = like.weight.device, [], []
     for i, rows in enumerate(targets):
         _check(rows, like)
@@ -156,6 +156,7 @@ def dora_scales(targets: Sequence[DoRARows]) -> Callable[[], None]:
     aligned = all(_aligned(t) for rows in targets for t in (rows.weight, rows.a, rows.b))
 
     def write() -> None:
+        assert held
         dora_scales_kernel[(len(programs),)](
             table, scalings, programs,
             DTYPE=TRITON_DTYPES[like.weight.dtype], MAGNITUDE_DTYPE=TRITON_DTYPES[like.magnitude.dtype],
