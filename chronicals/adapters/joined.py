@@ -56,9 +56,9 @@ class JoinedLoRA(LoRAProjection):
         self.rank = starts[-1]
         self.in_room = self.out_room = -(-self.rank // ROOM) * ROOM
         self._join()
-        self._scale()
+        self._scale_ranks()
 
-    def _scale(self) -> None:
+    def _scale_ranks(self) -> None:
         """One factor for all ranks, or one each, float32 whatever the dtype of the rest."""
         scalings = [target.scaling for target in self.targets.values()]
         alike = len(set(scalings)) == 1
@@ -84,7 +84,7 @@ class JoinedLoRA(LoRAProjection):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> JoinedLoRA:
         super()._apply(fn, recurse)
         self._share()
-        self._scale()
+        self._scale_ranks()
         return self
 
     def placements(self) -> Iterator[tuple[Tensor, Tensor]]:
