@@ -13,12 +13,14 @@ from benchmarks import children
 
 ROOT = Path(children.__file__).parents[1]
 SLEEPS = "import time; time.sleep(60)"
-# a child that starts a grandchild; both keep standard output open until they end
+# A child that starts a grandchild; both keep standard output open until they end. It says "up" in one write: with
+# PYTHONUNBUFFERED set, `print` makes two, and two children's lines become one.
 CHILD = (
-    f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEPS!r}]); print('up', flush=True); {SLEEPS}"
+    "import os, subprocess, sys; "
+    f"subprocess.Popen([sys.executable, '-c', {SLEEPS!r}]); os.write(1, b'up\\n'); {SLEEPS}"
 )
 THREADS = f"""
-import sys
+import os, sys
 from concurrent.futures import ThreadPoolExecutor
 from benchmarks import children
 children.end_with_this_process()
@@ -26,7 +28,7 @@ def start(index):
     try:
         children.run([sys.executable, "-c", {CHILD!r}])
     except children.Ended:
-        print("ended", flush=True)
+        os.write(1, b"ended\\n")
         raise
 with ThreadPoolExecutor(2) as pool:
     for done in [pool.submit(start, index) for index in range(3)]:
