@@ -22,7 +22,7 @@ from benchmarks.step.arm import ARMS
 from benchmarks.step.ours import Ours
 from benchmarks.step.profile import Kernel, has_glu, kernels_of, layer_ops, layer_rows
 from benchmarks.step.works import WORKS, Work
-from chronicals.models.layer import Stream
+from chronicals.models.half import Stream
 from chronicals.models.projection import with_room
 from chronicals.train.step import to_device
 

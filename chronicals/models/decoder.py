@@ -26,7 +26,9 @@ from chronicals.kernels.grad_sink import Autograd, GradSink
 from chronicals.kernels.ops import REFERENCE, Ops
 from chronicals.kernels.rope import rope_tables
 from chronicals.models.config import ModelConfig
-from chronicals.models.layer import DecoderLayer, Recompute, RMSNorm, Stream, final_norm
+from chronicals.models.half import Stream
+from chronicals.models.layer import DecoderLayer, Recompute
+from chronicals.models.norm import RMSNorm, final_norm
 from chronicals.models.projection import Projection
 from chronicals.models.resize import resized_rows
 from chronicals.models.rope import RopeConfig

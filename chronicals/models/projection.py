@@ -2,7 +2,7 @@
 
 A plain projection holds its weight as it is; a store may make it anew for each use (nf4.py). A LoRA projection takes
 its place in a built model (adapters/lora.py). The layers do not know which one they run. Forward and backward are
-methods without autograd: the layer halves call them from autograd functions of their own (see layer.py).
+methods without autograd: the layer halves call them, inside an autograd function of theirs (layer.py).
 
 A projection may want room: free columns behind the rows of its input and of its output's gradient, where it puts what
 belongs to them, so that one matmul reads both. Whoever produces such a tensor allocates it with `with_room` or hands

@@ -14,7 +14,9 @@ from chronicals.kernels.grad_sink import InPlace
 from chronicals.kernels.ops import REFERENCE
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
-from chronicals.models.layer import MLPHalf, MLPSaved, Recompute, Stream
+from chronicals.models.half import Stream
+from chronicals.models.layer import Recompute
+from chronicals.models.mlp import MLPHalf, MLPSaved
 from tests.models.tiny import packed
 
 SIZES: dict[str, Any] = {
