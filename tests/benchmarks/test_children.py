@@ -16,8 +16,7 @@ SLEEPS = "import time; time.sleep(60)"
 # A child that starts a grandchild; both keep standard output open until they end. It says "up" in one write: with
 # PYTHONUNBUFFERED set, `print` makes two, and two children's lines become one.
 CHILD = (
-    "import os, subprocess, sys; "
-    f"subprocess.Popen([sys.executable, '-c', {SLEEPS!r}]); os.write(1, b'up\\n'); {SLEEPS}"
+    f"import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEPS!r}]); os.write(1, b'up\\n'); {SLEEPS}"
 )
 THREADS = f"""
 import os, sys
