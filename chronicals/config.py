@@ -23,7 +23,7 @@ from chronicals.config_yaml import Source, override, read
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-PissaIterations = Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
+PissaIterations = Annotated[str, Field(pattern=r"^pissa_niter_\d+$", examples=["pissa_niter_16"])]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
@@ -218,7 +218,7 @@ class TrainConfig(_Strict):
     loraplus_lr_embedding: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of an embedding in `lora_modules_to_save` (default `learning_rate`)."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
-    """Learning rate of the B matrices over that of the A matrices (LoRA+; default 1)."""
+    """Learning rate of the B matrices over that of the A matrices (LoRA+; default 1, 16 with `optimizer: loraplus`)."""
     # Length of the run
     micro_batch_size: Count = 1
     """Bins in one forward and backward pass."""
@@ -231,10 +231,10 @@ class TrainConfig(_Strict):
     max_steps: Count | None = None
     """Optimizer steps, where not `num_epochs` decides."""
     # Optimizer
-    optimizer: Literal["adamw", "adamw_bf16_sr", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_bf16_sr", "adamw_8bit", "loraplus"] = "adamw"
     """AdamW. `adamw`: float32 moments, and float32 masters of 16-bit weights (14 bytes a parameter). `adamw_bf16_sr`:
     bf16 weights without master, rounded stochastically, and bf16 moments (6). `adamw_8bit`: the same weights and
-    blockwise 8-bit moments (4)."""
+    blockwise 8-bit moments (4). `loraplus`: `adamw` with `loraplus_lr_ratio: 16`."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate; 2e-4 by default with an adapter."""
     lr_scheduler: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = "linear"

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 ALIASES: dict[str, str] = {
+    "alpha_pattern": "lora_alpha_pattern",
     "auto_resume_from_checkpoints": "resume_from_checkpoint",
     "bfloat16": "bf16",
     "bias": "lora_bias",
     "cutoff_len": "sequence_len",
     "dataset_num_proc": "dataset_processes",
+    "ensure_weight_tying": "peft_ensure_weight_tying",
     "evaluation_strategy": "eval_strategy",
     "exclude_modules": "lora_exclude_modules",
     "float16": "fp16",
@@ -22,6 +24,9 @@ ALIASES: dict[str, str] = {
     "gradient_checkpointing": "recompute",
     "init_lora_weights": "peft_init_lora_weights",
     "label_smoothing": "label_smoothing_factor",
+    "layers_pattern": "peft_layers_pattern",
+    "layers_to_transform": "peft_layers_to_transform",
+    "lora_rank": "lora_r",
     "lr_scheduler_type": "lr_scheduler",
     "max_length": "sequence_len",
     "max_seq_length": "sequence_len",
@@ -33,12 +38,16 @@ ALIASES: dict[str, str] = {
     "packing": "sample_packing",
     "per_device_eval_batch_size": "eval_batch_size",
     "per_device_train_batch_size": "micro_batch_size",
+    "r": "lora_r",
+    "rank_pattern": "lora_rank_pattern",
     "run_name": "wandb_name",
+    "target_modules": "lora_target_modules",
     "use_dora": "peft_use_dora",
     "use_rslora": "peft_use_rslora",
 }
 
 DATASET_ALIASES: dict[str, str] = {
+    "alpha_pattern": "lora_alpha_pattern",
     "message_field_content": "message_property_mappings.content",
     "message_field_role": "message_property_mappings.role",
     "subset": "name",

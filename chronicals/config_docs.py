@@ -61,6 +61,8 @@ def describe(annotation: Any) -> str:
 def _describe(part: Any) -> str:
     if get_origin(part) is Annotated:
         text, limits = _describe(get_args(part)[0]), bounds(part)
+        examples = [info.examples[0] for info in get_args(part)[1:] if isinstance(info, FieldInfo) and info.examples]
+        text += "".join(f" such as {example}" for example in examples)
         return (
             text.replace("a list of", "a list of one or more")
             if "min_length" in limits
@@ -175,6 +177,7 @@ def page() -> str:
         else f"`{key}: {written}` is not set"
         for key, table_ in config_axolotl.VALUES.items()
         for written, value in table_.items()
+        if value is None or _default(written) != value
     ]
     return _PAGE.format(
         keys=table(config.TrainConfig),

@@ -117,12 +117,20 @@ def fill_adapter(values: Mapping[str, Any], choose: Callable[[str, Any, str], No
     for key in ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"):
         choose(key, True, "default of an adapter")
     choose("learning_rate", 2e-4, "default of an adapter")
+    if values.get("optimizer") == "loraplus":
+        choose("loraplus_lr_ratio", 16.0, "optimizer: loraplus")
 
 
 def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool, str, str]]:
     """What an adapter cannot be, and what does nothing without one."""
     saved = any(name.endswith(("embed_tokens", "lm_head")) for name in config.lora_modules_to_save or ())
     return [
+        (
+            "optimizer",
+            config.adapter is None and config.optimizer == "loraplus",
+            "optimizer: loraplus without an adapter: there is no B to learn faster",
+            "set `adapter: lora`, or `optimizer: adamw`",
+        ),
         (
             "reinit_weights",
             config.adapter is not None and config.reinit_weights,

@@ -89,8 +89,19 @@ def test_an_alias_is_the_name_it_stands_for(load, alias: str, name: str) -> None
     value |= {"bf16": "true", "deterministic": "true", "sample_packing": "false", "label_smoothing_factor": "0.1"}
     value |= {"lora_exclude_modules": "[q_proj]", "peft_init_lora_weights": "gaussian"}
     value |= {"lora_bias": "all", "lora_modules_to_save": "[norm]", "peft_use_dora": "true", "peft_use_rslora": "true"}
+    value |= {
+        "lora_target_modules": "[q_proj]",
+        "lora_rank_pattern": "{q_proj: 2}",
+        "lora_alpha_pattern": "{q_proj: 2}",
+    }
+    value |= {"peft_ensure_weight_tying": "true", "peft_layers_pattern": "layers"}
+    beside = {
+        "peft_layers_pattern": "layers_to_transform: 0\n",
+        "peft_ensure_weight_tying": "modules_to_save: [lm_head]\n",
+    }
     base = BASE if name != "base_model" else BASE.replace("base_model: m\n", "")
     base += "adapter: lora\n" if name.startswith(("lora_", "peft_")) else ""
+    base += beside.get(name, "")
     written = value.get(name, "7")
     assert getattr(load(f"{alias}: {written}", base=base), name) == yaml.safe_load(written)
 
@@ -242,9 +253,16 @@ ERRORS = [
         "adapter: lora\nlora_rank_pattern: {q_proj: 0}",
         "c.yaml:5: lora_rank_pattern must be a mapping to a whole number of at least",
     ),
-    ("adapter: lora\npeft_init_lora_weights: pissa_niter_x", "c.yaml:5: peft_init_lora_weights must be one of kaiming"),
+    (
+        "adapter: lora\npeft_init_lora_weights: pissa_niter_x",
+        "c.yaml:5: peft_init_lora_weights must be one of kaiming, gaussian, pissa or text such as pissa_niter_16, not",
+    ),
     ("adapter: qlora\ninit_lora_weights: pissa", "c.yaml:5: peft_init_lora_weights: pissa changes the weights, which"),
     ("adapter: lora\npeft_init_lora_weights: false", "c.yaml:5: peft_init_lora_weights must be one of kaiming"),
+    (
+        "optimizer: loraplus",
+        "c.yaml:4: optimizer: loraplus without an adapter: there is no B to learn faster; set `adapter: lora`, or",
+    ),
     ("adapter: lora\nreinit_weights: true", "c.yaml:5: an adapter of random weights is of no use"),
     *(
         (f"{key}: {value}", f"c.yaml:4: {key} does nothing without an adapter; set `adapter: lora`, or remove it")
@@ -271,9 +289,9 @@ ERRORS = [
     ("trust_remote_code: true", "c.yaml:4: trust_remote_code is known but not supported; no code from a repository"),
     (
         "optimizer: lion",
-        "c.yaml:4: optimizer: lion is known but not supported; use one of adamw, adamw_bf16_sr, adamw_8bit",
+        "c.yaml:4: optimizer: lion is known but not supported; use one of adamw, adamw_bf16_sr, adamw_8bit, ",
     ),
-    ("optim: sgdd", "c.yaml:4: optim must be one of adamw, adamw_bf16_sr, adamw_8bit, not 'sgdd'"),
+    ("optim: sgdd", "c.yaml:4: optim must be one of adamw, adamw_bf16_sr, adamw_8bit, loraplus, not 'sgdd'"),
     (
         "lr_scheduler: linar",
         "c.yaml:4: lr_scheduler must be one of linear, cosine, constant, warmup_stable_decay, not 'linar'; "
@@ -535,9 +553,36 @@ def test_an_adapter_fills_in_what_it_needs() -> None:
     config = built(adapter="lora", **given)
     assert {key: getattr(config, key) for key in given} == given and config.lora_target_linear is None
     assert built(lora_r=None, lora_dropout=0.0, lora_target_linear=False).learning_rate == 2e-5
+    assert built(adapter="lora").loraplus_lr_ratio is None
+    config = built(adapter="lora", optimizer="loraplus")
+    assert config.loraplus_lr_ratio == 16 and config.chosen["loraplus_lr_ratio"] == "16.0 (optimizer: loraplus)"
+    assert built(adapter="lora", optimizer="loraplus", loraplus_lr_ratio=4).loraplus_lr_ratio == 4
     assert built(adapter="lora", lora_qkv_kernel=True).notes == []
     assert built(adapter="lora", init_lora_weights=True).peft_init_lora_weights == "kaiming"
     assert built(adapter="lora", init_lora_weights="pissa_niter_4").peft_init_lora_weights == "pissa_niter_4"
+
+
+def test_an_adapter_by_pefts_names() -> None:
+    given = {
+        "r": 8,
+        "target_modules": ["q_proj"],
+        "exclude_modules": ["layers.0.self_attn.q_proj"],
+        "layers_to_transform": [0, 1],
+        "layers_pattern": "layers",
+        "rank_pattern": {"q_proj": 4},
+        "alpha_pattern": {"q_proj": 2},
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": False,
+        "bias": "all",
+        "use_dora": True,
+        "use_rslora": True,
+        "init_lora_weights": "gaussian",
+    }
+    config = TrainConfig(base_model="m", datasets=[{"path": "x"}], adapter="lora", **given)
+    ours = {"r": "lora_r", "layers_to_transform": "peft_layers_to_transform", "layers_pattern": "peft_layers_pattern"}
+    ours |= {"ensure_weight_tying": "peft_ensure_weight_tying", "init_lora_weights": "peft_init_lora_weights"}
+    ours |= {"use_dora": "peft_use_dora", "use_rslora": "peft_use_rslora"}
+    assert given == {name: getattr(config, ours.get(name, f"lora_{name}")) for name in given}
 
 
 def test_the_schema_admits_what_load_does() -> None:

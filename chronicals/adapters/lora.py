@@ -63,13 +63,20 @@ class LoRA:
 
     def __post_init__(self) -> None:
         """Raises UserError where what is read as a regular expression is none."""
-        one = [names for names in (self.targets, self.exclude_modules) if isinstance(names, str)]
-        for expression in (*one, *self.rank_pattern, *self.alpha_pattern, *self.layers_pattern, *self.modules_to_save):
+        expressions = {
+            "target_modules": [self.targets] if isinstance(self.targets, str) else [],
+            "exclude_modules": [self.exclude_modules] if isinstance(self.exclude_modules, str) else [],
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            "layers_pattern": self.layers_pattern,
+            "modules_to_save": self.modules_to_save,
+        }
+        for name, expression in ((name, one) for name, several in expressions.items() for one in several):
             try:
                 re.compile(expression)
             except re.error as error:
                 mend = "write names as a list, or mend the expression"
-                raise UserError(f"{expression!r} is no regular expression ({error})", mend) from error
+                raise UserError(f"{name}: {expression!r} is no regular expression ({error})", mend) from error
 
     @property
     def takes_out(self) -> bool:

@@ -106,23 +106,26 @@ def read_lora(folder: Path, config: ModelConfig) -> LoRA:
         raise UserError(f"bias: {bias!r} is not supported", "it is none, all or lora_only", file=file)
     _check_numbers(data, file)
     layers = data.get("layers_to_transform")
-    return LoRA(
-        data["r"],
-        data["lora_alpha"],
-        _targets(data.get("target_modules"), config, file),
-        rslora=bool(data.get("use_rslora")),
-        rank_pattern=data.get("rank_pattern") or {},
-        alpha_pattern=data.get("alpha_pattern") or {},
-        layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
-        layers_pattern=tuple(_as_list(data.get("layers_pattern"))),
-        exclude_modules=_names(data.get("exclude_modules")),
-        dropout=data.get("lora_dropout") or 0.0,
-        dora=bool(data.get("use_dora")),
-        init="gaussian" if init == "gaussian" else "kaiming",
-        bias=bias,
-        modules_to_save=tuple(data.get("modules_to_save") or ()),
-        ensure_weight_tying=bool(data.get("ensure_weight_tying")),
-    )
+    try:
+        return LoRA(
+            data["r"],
+            data["lora_alpha"],
+            _targets(data.get("target_modules"), config),
+            rslora=bool(data.get("use_rslora")),
+            rank_pattern=data.get("rank_pattern") or {},
+            alpha_pattern=data.get("alpha_pattern") or {},
+            layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
+            layers_pattern=tuple(_as_list(data.get("layers_pattern"))),
+            exclude_modules=_names(data.get("exclude_modules")),
+            dropout=data.get("lora_dropout") or 0.0,
+            dora=bool(data.get("use_dora")),
+            init="gaussian" if init == "gaussian" else "kaiming",
+            bias=bias,
+            modules_to_save=tuple(_as_list(data.get("modules_to_save"))),
+            ensure_weight_tying=bool(data.get("ensure_weight_tying")),
+        )
+    except UserError as error:
+        raise error.at(file) from error
 
 
 def _check_numbers(data: Mapping[str, Any], file: Path) -> None:
@@ -143,16 +146,13 @@ def _check_numbers(data: Mapping[str, Any], file: Path) -> None:
         raise UserError(f"lora_dropout: {dropout!r} is not in [0, 1)", "get the file again", file=file)
 
 
-def _targets(targets: Any, config: ModelConfig, file: Path) -> Names:
+def _targets(targets: Any, config: ModelConfig) -> Names:
     if targets == "all-linear":
         return all_linear(config)
     if isinstance(targets, list):
-        try:
-            check_targets(tuple(targets), config, key="target_modules")
-        except UserError as error:
-            raise error.at(file) from error
+        check_targets(tuple(targets), config, key="target_modules")
     elif not isinstance(targets, str):
-        raise UserError("target_modules is missing", "give an adapter that names its targets", file=file)
+        raise UserError("target_modules is missing", "give an adapter that names its targets")
     return _names(targets)
 
 

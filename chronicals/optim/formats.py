@@ -1,6 +1,6 @@
 """What `optimizer` means: in which bits AdamW keeps weights and moments.
 
-    adamw           float32 moments, and a float32 master of weights that are not
+    adamw           float32 moments, and a float32 master of weights that are not; `loraplus` has other rates alone
     adamw_bf16_sr   bfloat16 moments and bfloat16 weights without master, rounded stochastically
     adamw_8bit      8-bit moments; weights as they are: bfloat16 ones without master, rounded stochastically
 
@@ -45,5 +45,5 @@ def format_of(optimizer: str, dtype: torch.dtype) -> Format:
         return Format("bfloat16", master=False)
     if optimizer == "adamw_8bit":
         return Format("int8", master=dtype == torch.float16)
-    assert optimizer == "adamw", optimizer
+    assert optimizer in ("adamw", "loraplus"), optimizer
     return Format("float32", master=True)

@@ -380,7 +380,9 @@ def test_masks_are_of_their_own(base: tuple[str, Path]) -> None:
     ],
 )
 def test_what_is_no_regular_expression(options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"'\(\[' is no regular expression \(.*\); write names as a list, or mend"):
+    (name,) = options
+    told = {"targets": "target_modules"}.get(name, name)
+    with pytest.raises(UserError, match=rf"^{told}: '\(\[' is no regular expression \(.*\); write names as a list, or"):
         LoRA(**{"r": 1, "alpha": 1, "targets": ("q_proj",)} | options)
 
 
@@ -427,6 +429,8 @@ def test_a_target_that_names_no_module(base: tuple[str, Path], targets: list[str
         ("lora_alpha", None, "lora_alpha or alpha_pattern: None is no positive number"),
         ("lora_dropout", 1.0, "adapter_config.json: lora_dropout: 1.0 is not in [0, 1); get the file again"),
         ("target_modules", "nothing", "no linear layer of the model is a target: nothing"),
+        ("target_modules", "([", "adapter_config.json: target_modules: '([' is no regular expression"),
+        ("modules_to_save", "lm_head", "lm_head.weight is missing"),
         ("r", 5, "has shape (3, 32), (5, 32) is wanted"),
     ],
 )

@@ -228,14 +228,16 @@ def test_a_b_that_never_moves_stops_the_run(folder: Path, monkeypatch: pytest.Mo
 
 def test_the_ratio_of_lora_plus_reaches_every_b(folder: Path) -> None:
     """The first step of Adam is the learning rate, whatever the gradient."""
-    moved = {}
-    for ratio in (None, 16.0):
-        out = str(folder / f"out{ratio}")
-        helpers.run(adapter_config(folder, max_steps=1, learning_rate=1e-4, loraplus_lr_ratio=ratio, output_dir=out))
+    moved: list[dict[str, float]] = []
+    for asked in ({}, {"loraplus_lr_ratio": 16.0}, {"optimizer": "loraplus"}):
+        out = str(folder / "-".join(("out", *asked)))
+        helpers.run(adapter_config(folder, max_steps=1, learning_rate=1e-4, output_dir=out, **asked))
         tensors = load_file(Path(out) / "adapter_model.safetensors")
-        moved[ratio] = {name: tensor.abs().max().item() for name, tensor in tensors.items() if "lora_B" in name}
-    for name, plain in moved[None].items():
-        assert moved[16.0][name] == pytest.approx(16 * plain, rel=1e-4), name
+        moved.append({name: tensor.abs().max().item() for name, tensor in tensors.items() if "lora_B" in name})
+    plain, fast, again = moved
+    assert fast == again
+    for name, distance in plain.items():
+        assert fast[name] == pytest.approx(16 * distance, rel=1e-4), name
 
 
 def test_only_the_b_matrices_have_another_rate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
