@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from chronicals.adapters.unfused import Dropout, LoRAProjection, Target
 from chronicals.kernels.grad_sink import WeightGradients
 from chronicals.kernels.lora_thin import Block
-from chronicals.models.projection import Projection, widened
+from chronicals.models.projection import GLU, Projection, widened
 
 ROOM = 16  # elements: rows of wide buffers begin at multiples that matmuls ask for (8) and Triton knows of (16)
 
@@ -44,6 +44,8 @@ class JoinedLoRA(LoRAProjection):
 
     joined: Tensor
     scales: Tensor | None
+    joins_glu = True
+    joins_glu_grad = True
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)
@@ -117,11 +119,11 @@ class JoinedLoRA(LoRAProjection):
     def input_grad(self, d_out: Tensor) -> Tensor:
         return Projection.input_grad(self, d_out)
 
-    def glu(self, x: Tensor, activation: str, **options: Any) -> tuple[Tensor, Tensor | None]:
-        return Projection.glu(self, x, activation, **options)
+    def glu(self, x: Tensor, glu: GLU, **options: Any) -> tuple[Tensor, Tensor | None]:
+        return Projection.glu(self, x, glu, **options)
 
-    def glu_grad(self, d_out: Tensor, gate_up: Tensor, activation: str, **options: Any) -> Tensor | None:
-        return Projection.glu_grad(self, d_out, gate_up, activation, **options)
+    def glu_grad(self, d_out: Tensor, gate_up: Tensor, glu: GLU, **options: Any) -> Tensor | None:
+        return Projection.glu_grad(self, d_out, gate_up, glu, **options)
 
     def kept(self, x: Tensor) -> Tensor:
         return widened(x, self.in_room)[:, x.shape[1] :]

@@ -31,11 +31,13 @@ from chronicals.adapters.unfused import DoRAProjection, Dropout, LoRAProjection,
 from chronicals.kernels.dora import DoRARows
 from chronicals.kernels.grad_sink import WeightGradients
 from chronicals.kernels.lora import LoRADropout, Part
-from chronicals.models.projection import Projection, widened, with_room
+from chronicals.models.projection import GLU, Projection, widened, with_room
 
 
 class JoinedDropout(JoinedLoRA):
     """`JoinedLoRA` with dropout of its adapters' inputs while training."""
+
+    joins_glu_grad = False
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)
@@ -101,7 +103,7 @@ class JoinedDropout(JoinedLoRA):
         self,
         d_out: Tensor,
         gate_up: Tensor,
-        activation: str,
+        glu: GLU,
         product: Tensor | None,
         kept: Tensor | None,
         gradients: WeightGradients,
@@ -110,10 +112,10 @@ class JoinedDropout(JoinedLoRA):
         y: Tensor | None = None,
     ) -> None:
         if not self.drops:
-            return super().glu_backward(d_out, gate_up, activation, product, kept, gradients, d_gate_up=d_gate_up, y=y)
-        product = self.ops.glu_forward(gate_up, activation) if product is None else product
+            return super().glu_backward(d_out, gate_up, glu, product, kept, gradients, d_gate_up=d_gate_up, y=y)
+        product = glu.matmul.glu_forward(gate_up, glu.activation) if product is None else product
         d_product = self.backward(d_out, product, kept, gradients)
-        self.ops.glu_backward(d_product, gate_up, activation, d_gate_up=d_gate_up)
+        glu.matmul.glu_backward(d_product, gate_up, glu.activation, d_gate_up=d_gate_up)
         return None
 
 
@@ -128,6 +130,8 @@ class JoinedDoRA(JoinedLoRA, DoRAProjection):
         c: (out,) float32 (float64 for float64), magnitude / norm of each row; 1 where there is no adapter.
         inverse_norm: (out,), likewise.
     """
+
+    joins_glu = False
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)
@@ -159,8 +163,8 @@ class JoinedDoRA(JoinedLoRA, DoRAProjection):
         out = with_room(x, len(right), self.out_room) if out is None else out
         return torch.mm(left, right.t(), out=out)
 
-    def glu(self, x: Tensor, activation: str, **options: Any) -> tuple[Tensor, Tensor | None]:
-        return LoRAProjection.glu(self, x, activation, **options)
+    def glu(self, x: Tensor, glu: GLU, **options: Any) -> tuple[Tensor, Tensor | None]:
+        return LoRAProjection.glu(self, x, glu, **options)
 
     def kept_out(self, y: Tensor) -> Tensor:
         return y
@@ -181,7 +185,7 @@ class JoinedDoRA(JoinedLoRA, DoRAProjection):
         self,
         d_out: Tensor,
         gate_up: Tensor,
-        activation: str,
+        glu: GLU,
         product: Tensor | None,
         kept: Tensor | None,
         gradients: WeightGradients,
@@ -190,7 +194,7 @@ class JoinedDoRA(JoinedLoRA, DoRAProjection):
         y: Tensor | None = None,
     ) -> None:
         d_z = self._through_scales(d_out, product, y, gradients)
-        super().glu_backward(d_z, gate_up, activation, product, kept, gradients, d_gate_up=d_gate_up)
+        super().glu_backward(d_z, gate_up, glu, product, kept, gradients, d_gate_up=d_gate_up)
 
     def _through_scales(self, d_out: Tensor, x: Tensor | None, y: Tensor | None, gradients: WeightGradients) -> Tensor:
         """dz, with room behind it, written over y; the gradients of magnitudes and of the bias."""

@@ -263,10 +263,10 @@ def add_lora(
             if fresh:
                 initialise(adapted, lora.init, generator)
             setattr(model.get_submodule(parent), leaf, adapted)
-            model.projections_changed()
             found = True
     if not found:
         raise UserError(f"no linear layer of the model is a target: {lora.targets}", "see lora_target_modules")
+    model.projections_changed()
 
 
 def _kind(lora: LoRA, base: Projection, joined: bool) -> type[LoRAProjection]:

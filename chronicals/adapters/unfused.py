@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from chronicals.kernels.grad_sink import WeightGradients, matmul_into
 from chronicals.kernels.lora import dropout_mask
-from chronicals.models.projection import Projection
+from chronicals.models.projection import GLU, Projection
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ class LoRAProjection(Projection):
         taken_out: target -> the A and B whose s B A is no longer in the weight, with which PiSSA's began.
     """
 
+    joins_glu = False
+    joins_glu_grad = False
+
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         nn.Module.__init__(self)  # not Projection's, which would make a weight
         self.ops, self.weight, self.bias, self.store = base.ops, base.weight, base.bias, base.store
@@ -127,7 +130,7 @@ class LoRAProjection(Projection):
     def glu(
         self,
         x: Tensor,
-        activation: str,
+        glu: GLU,
         *,
         product: bool = True,
         gate_up: Tensor | None = None,
@@ -135,14 +138,13 @@ class LoRAProjection(Projection):
         apart: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         gate_up = self(x, gate_up, apart)
-        return gate_up, self.ops.glu_forward(gate_up, activation, out=out) if product else None
+        return gate_up, glu.matmul.glu_forward(gate_up, glu.activation, out=out) if product else None
 
-    def glu_grad(
-        self, d_out: Tensor, gate_up: Tensor, activation: str, *, d_gate_up: Tensor, again: bool
-    ) -> Tensor | None:
+    def glu_grad(self, d_out: Tensor, gate_up: Tensor, glu: GLU, *, d_gate_up: Tensor, again: bool) -> Tensor | None:
         d_product = self.input_grad(d_out)
-        self.ops.glu_backward(d_product, gate_up, activation, d_gate_up=d_gate_up, out=d_product if again else None)
-        return d_product if again else None
+        out = d_product if again else None
+        glu.matmul.glu_backward(d_product, gate_up, glu.activation, d_gate_up=d_gate_up, out=out)
+        return out
 
     def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
         super().weight_grads(d_out, x, kept, gradients)

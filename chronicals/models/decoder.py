@@ -198,6 +198,9 @@ class Decoder(nn.Module):
     def projections_changed(self) -> None:
         """Says that projections were put in, or that parameters lie elsewhere now."""
         self._placing = None
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.projections_changed()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         super()._apply(fn, recurse)

@@ -139,7 +139,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, ops, **factory)
         self._halves = (
             AttentionHalf(self.input_layernorm, self.self_attn, ops),
-            MLPHalf(self.post_attention_layernorm, self.mlp, config.activation),
+            MLPHalf(self.post_attention_layernorm, self.mlp, config.activation, ops),
         )
         self.recompute = "light"
 
@@ -154,6 +154,15 @@ class DecoderLayer(nn.Module):
         self._units: tuple[Unit, ...] = (WholeLayer(*self._halves),) if policy == "full" else self._halves
         for half in self._halves:
             half.dropped = _DROPPED.get(policy, ())
+
+    def projections_changed(self) -> None:
+        """Says that projections were put in."""
+        self._halves[1].projections_changed()
+
+    @property
+    def glu_joined(self) -> bool:
+        """Whether its GLU may be a part of the matmuls around it: not with all adapters."""
+        return self._halves[1].glu_joined
 
     @property
     def out_room(self) -> int:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.grad_sink import WeightGradients
 from chronicals.kernels.ops import Ops
 from chronicals.models.config import ModelConfig
 from chronicals.models.half import Half, Normed, Stream, kept_of
 from chronicals.models.norm import RMSNorm
-from chronicals.models.projection import Projection, outlet
+from chronicals.models.projection import GLU, Projection, outlet
 
 
 class MLP(nn.Module):
@@ -41,30 +42,44 @@ class MLPSaved(Normed):
 
 
 class MLPHalf(Half):
-    """Gated feed-forward, behind its norm."""
+    """Gated feed-forward, behind its norm.
 
-    def __init__(self, norm: RMSNorm, mlp: MLP, activation: str) -> None:
+    Attributes:
+        glu: who computes the GLU, see `projections_changed`.
+        glu_joined: whether its projections take it in.
+    """
+
+    def __init__(self, norm: RMSNorm, mlp: MLP, activation: str, ops: Ops) -> None:
         super().__init__(norm, mlp)
-        self.mlp, self.activation = mlp, activation
+        self.mlp, self.activation, self.ops = mlp, activation, ops
+        self.projections_changed()
+
+    def projections_changed(self) -> None:
+        """Chooses who computes the GLU, for both directions: `ops.glu_matmul` where both projections let it, else the
+        GLU's own passes. So the product that backward makes again is forward's, bit for bit."""
+        ops = self.ops
+        self.glu_joined = self.mlp.gate_up_proj.joins_glu and self.mlp.down_proj.joins_glu_grad
+        passes = MatmulThenGLU(ops.glu_forward, ops.glu_backward)
+        self.glu = GLU(self.activation, ops.glu_matmul if self.glu_joined else passes)
 
     @property
     def out_room(self) -> int:
         return self.mlp.down_proj.out_room
 
-    def glu(self, normed: Tensor, *, product: bool = True, apart: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def up(self, normed: Tensor, *, product: bool = True, apart: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(T, H) -> gate and up (T, 2F), where their gradient will lie too, and the product (T, F) where it is
         wanted."""
         gate_up_proj, down_proj = self.mlp.gate_up_proj, self.mlp.down_proj
         gate_up = outlet(normed, gate_up_proj.weight.shape[0], gate_up_proj.out_room)
         out = outlet(normed, down_proj.weight.shape[1], down_proj.in_room if product else 0)
-        return gate_up_proj.glu(normed, self.activation, product=product, gate_up=gate_up, out=out, apart=apart)
+        return gate_up_proj.glu(normed, self.glu, product=product, gate_up=gate_up, out=out, apart=apart)
 
     def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> MLPSaved:
         """All of the forward pass but the last projection."""
         x, normed, rstd = self.norm.add(residual, delta, self.mlp.gate_up_proj.in_room)
         gate_up_again = "gate_up" in self.dropped  # and with it what stands behind `normed`
         apart = self.mlp.gate_up_proj.apart(normed) if "normed" in self.dropped and not gate_up_again else None
-        return MLPSaved(x, rstd, normed, apart, *self.glu(normed, apart=apart), None)
+        return MLPSaved(x, rstd, normed, apart, *self.up(normed, apart=apart), None)
 
     def output(self, saved: MLPSaved, *, apart: bool) -> tuple[Tensor, Tensor | None]:
         """The last projection: (T, H), and what it left behind the product where that is wanted `apart`."""
@@ -84,11 +99,9 @@ class MLPHalf(Half):
     ) -> Tensor | None:
         gate_up_proj, down_proj = self.mlp.gate_up_proj, self.mlp.down_proj
         normed = self.normed(saved, gate_up_proj)
-        gate_up = self.glu(normed, product=False)[0] if saved.gate_up is None else saved.gate_up
+        gate_up = self.up(normed, product=False)[0] if saved.gate_up is None else saved.gate_up
         y = gate_up_proj.kept_out(gate_up)
         d_gate_up = gate_up if y is None else torch.empty_like(gate_up)
         kept = kept_of(down_proj, saved.product, saved.product_kept)
-        down_proj.glu_backward(
-            d, gate_up, self.activation, saved.product, kept, gradients, d_gate_up=d_gate_up, y=saved.delta
-        )
+        down_proj.glu_backward(d, gate_up, self.glu, saved.product, kept, gradients, d_gate_up=d_gate_up, y=saved.delta)
         return self.behind_norm(gate_up_proj, saved, normed, d_gate_up, d, gradients, room, y)

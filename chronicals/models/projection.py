@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chronicals.kernels.dora import DoRARows
+from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.grad_sink import WeightGradients
 from chronicals.kernels.ops import Ops
 
@@ -39,6 +41,15 @@ def widened(x: Tensor, room: int) -> Tensor:
     single = len(x) < 2  # whose stride says nothing: views by heads and back lose it
     assert single or x.stride() == (width, 1), f"{x.shape[1]} columns and no room of {room} behind: {x.stride()}"
     return x.as_strided((len(x), width), (width, 1), x.storage_offset())
+
+
+@dataclass(frozen=True)
+class GLU:
+    """The gated linear unit between two projections: which one, and who computes it. That is one choice for both
+    directions, as backward makes forward's product again and other kernels round it otherwise."""
+
+    activation: str
+    matmul: MatmulThenGLU
 
 
 class Store(nn.Module, ABC):
@@ -64,10 +75,15 @@ class Projection(nn.Module):
     Attributes:
         in_room: columns of room that `forward` wants behind its input.
         out_room: columns of room that `input_grad` wants behind the gradient of its output.
+        joins_glu: whether its output is one matmul of `operands`, so that the GLU behind it may be a part of that.
+        joins_glu_grad: whether the gradient of its input is one matmul, of `grad_operands`, so that the gradient of the
+            GLU before it may be.
     """
 
     in_room = 0
     out_room = 0
+    joins_glu = True
+    joins_glu_grad = True
 
     def __init__(
         self,
@@ -154,7 +170,7 @@ class Projection(nn.Module):
     def glu(
         self,
         x: Tensor,
-        activation: str,
+        glu: GLU,
         *,
         product: bool = True,
         gate_up: Tensor | None = None,
@@ -163,24 +179,22 @@ class Projection(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` to (T, out), the gate's columns and then up's, and where it is wanted their product (T, out / 2);
         written to `gate_up` and `out` where given."""
-        return self.ops.glu_matmul.forward(
-            *self.operands(x, apart), activation, bias=self.bias, product=product, gate_up=gate_up, out=out
+        return glu.matmul.forward(
+            *self.operands(x, apart), glu.activation, bias=self.bias, product=product, gate_up=gate_up, out=out
         )
 
-    def glu_grad(
-        self, d_out: Tensor, gate_up: Tensor, activation: str, *, d_gate_up: Tensor, again: bool
-    ) -> Tensor | None:
+    def glu_grad(self, d_out: Tensor, gate_up: Tensor, glu: GLU, *, d_gate_up: Tensor, again: bool) -> Tensor | None:
         """`input_grad` where the input is a GLU's product, and on through that GLU: the gradient of gate_up (T, 2 in),
         written to `d_gate_up`, which may be gate_up. Returns the product (T, in) where it is wanted `again`."""
-        return self.ops.glu_matmul.backward(
-            *self.grad_operands(d_out), gate_up, activation, d_gate_up=d_gate_up, again=again
+        return glu.matmul.backward(
+            *self.grad_operands(d_out), gate_up, glu.activation, d_gate_up=d_gate_up, again=again
         )
 
     def glu_backward(
         self,
         d_out: Tensor,
         gate_up: Tensor,
-        activation: str,
+        glu: GLU,
         product: Tensor | None,
         kept: Tensor | None,
         gradients: WeightGradients,
@@ -190,7 +204,7 @@ class Projection(nn.Module):
     ) -> None:
         """`backward` where the input is a GLU's `product`, and on through that GLU as `glu_grad` does. Product None: it
         was not kept."""
-        again = self.glu_grad(d_out, gate_up, activation, d_gate_up=d_gate_up, again=product is None)
+        again = self.glu_grad(d_out, gate_up, glu, d_gate_up=d_gate_up, again=product is None)
         product = again if product is None else product
         assert product is not None
         self.weight_grads(d_out, product, kept, gradients)

@@ -14,7 +14,10 @@ import torch
 
 from chronicals.errors import UserError
 from chronicals.kernels.capability import why_not_fused
+from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.ops import REFERENCE, Ops, fused
+from chronicals.models.decoder import Decoder
+from chronicals.models.layer import DecoderLayer
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 HALF_FROM = (7, 0)  # compute capability from which float16 matmuls have units of their own
@@ -87,6 +90,14 @@ def resolve_ops(device: torch.device, dtype: torch.dtype, *, head_dim: int, dete
         behind = glu_matmul.why_not(device, dtype)
         told += ", GLU " + (f"behind its matmuls, as {behind}" if behind else "inside its matmuls")
     return ops, told
+
+
+def told_apart(model: Decoder) -> str:
+    """What the header adds where kernels with the GLU inside cannot serve all layers."""
+    apart = sum(not layer.glu_joined for layer in model.layers if isinstance(layer, DecoderLayer))
+    inside = type(model.ops.glu_matmul) is not MatmulThenGLU
+    whose = "1 layer, for its adapters" if apart == 1 else f"{apart} layers, for their adapters"
+    return f" (behind those of {whose})" if apart and inside else ""
 
 
 def keep_freed_memory() -> None:

@@ -43,7 +43,7 @@ from chronicals.train.guard import Guard
 from chronicals.train.lock import LOCK_FILE
 from chronicals.train.loss_scale import loss_scale_for
 from chronicals.train.plan import Plan
-from chronicals.train.precision import resolve_device, resolve_dtype, resolve_ops, told_dtype
+from chronicals.train.precision import resolve_device, resolve_dtype, resolve_ops, told_apart, told_dtype
 from chronicals.train.state import RunState, check_identity, identity, load_state, told, told_changes
 from chronicals.train.step import LossFn, Step
 
@@ -261,7 +261,7 @@ def header(run: Run) -> dict[str, str]:
         "trainable parameters": f"{trained:,} of {total:,}",
         **({"adapter": str(run.adapter)} if run.adapter else {}),
         "device": f"{device}, {told_dtype(run.start.dtype, run.start.device, run.config.bf16, run.config.fp16)}",
-        "kernels": run.kernels,
+        "kernels": run.kernels + told_apart(model),
         "documents": f"{stats.documents:,}",
         "tokens": f"{stats.tokens:,}",
         "supervised tokens": f"{stats.supervised_tokens:,} ({stats.supervised_tokens / stats.tokens:.1%})",

@@ -15,7 +15,7 @@ from torch import Tensor
 from chronicals.adapters.joined import ROOM, JoinedLoRA
 from chronicals.adapters.lora import PROJECTIONS, LoRA, adapter_tensors, add_lora
 from chronicals.adapters.unfused import LoRAProjection
-from chronicals.kernels.ops import REFERENCE
+from chronicals.kernels.ops import REFERENCE, Ops
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views
@@ -38,10 +38,12 @@ VARIANTS = {
 POLICIES: tuple[Recompute, ...] = ("none", "light", "mlp", "full")
 
 
-def model_of(name: str, lora: LoRA, dtype: torch.dtype = torch.float64, **options: Any) -> Decoder:
+def model_of(
+    name: str, lora: LoRA, dtype: torch.dtype = torch.float64, ops: Ops = REFERENCE, **options: Any
+) -> Decoder:
     """A model with adapters, every weight far from zero; the same numbers whatever the options."""
     sizes = SIZES | {"hidden_size": 32, "intermediate_size": 48} | MODELS[name]
-    model = Decoder(ModelConfig.from_hf(sizes), dtype=dtype)
+    model = Decoder(ModelConfig.from_hf(sizes), ops, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim == 1))

@@ -115,8 +115,8 @@ def test_one_part_of_a_fused_weight(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     def make_broken(*args: Any) -> nn.Module:
         model = make(*args)
-        broken = MatmulThenGLU(REFERENCE.glu_forward, half_dead)
-        model.layers[0].mlp.down_proj.ops = replace(REFERENCE, glu_matmul=broken)
+        mlp = model.layers[0]._halves[1]
+        mlp.glu = replace(mlp.glu, matmul=MatmulThenGLU(REFERENCE.glu_forward, half_dead))
         return model
 
     monkeypatch.setattr(setup, "_model", make_broken)
