@@ -44,6 +44,7 @@ class Compiled:
     registers: int | None  # of a thread; None on AMD, whose binary is not asked
     stack: int | None  # bytes of local memory of a thread: above 0, registers were spilled
     assembly: str  # PTX or AMD GCN
+    dialect: str  # Triton's GPU dialect: who has which elements
 
 
 def compile_all(
@@ -110,9 +111,9 @@ def _compile(source: Mapping[str, Any], target: GPUTarget, options: Mapping[str,
         # a new ASTSource each time: the compiler writes into it
         binary = triton.compile(ASTSource(**source), target=target, options=dict(options))
         if target.backend == "hip":
-            return Compiled(binary.metadata.shared, None, None, binary.asm["amdgcn"])
+            return Compiled(binary.metadata.shared, None, None, binary.asm["amdgcn"], binary.asm["ttgir"])
         registers, stack = _resources(binary.asm["cubin"], Path(folder))
-        return Compiled(binary.metadata.shared, registers, stack, binary.asm["ptx"])
+        return Compiled(binary.metadata.shared, registers, stack, binary.asm["ptx"], binary.asm["ttgir"])
 
 
 def _resources(cubin: bytes, folder: Path) -> tuple[int, int]:

@@ -3,10 +3,12 @@ written, straight into the matmul's operand.
 
     w = value[code] * absmax        absmax = table[byte] * scale + offset
 
-A program has a tile of blocks, whose absmax and place it works out once, and of each 8 words of 8 codes: the 8 elements
-of a word are one or two vectorised stores. The 16 values are one line of memory that stays in the first cache: a load
-of 32 of them, whichever, is one access, while choosing by selects takes 15 instructions an element, more than the time
-of a copy has. The bits are those of the reference: products are not contracted with sums.
+A program has a tile of blocks, whose absmax it works out once, by 64 elements: 32 threads store 512 bytes in a row,
+whatever order of the axes a compiler thinks best. As a tile of blocks by 8 words by 8 elements it was left a choice:
+Triton 3.6 gave each thread a block, and a warp's store was 32 halves of 32-byte sectors, 128 bytes apart. The 16 values
+lie in shared memory, in as many banks: a load of 32 of them, whichever, is one access by a short address, while
+choosing by selects takes 15 instructions an element, as many as the time of a copy has. The bits are those of the
+reference: products are not contracted with sums.
 
 Left out: matmuls that read the codes themselves. They win for a few tokens; with thousands each tile of the weight
 would be made wide again for every tile of tokens.
@@ -45,7 +47,7 @@ def nf4_dequantize_kernel(
     OUT: tl.tensor,
     blocks: tl.tensor,
     row_blocks: tl.tensor,  # of a row of the weight
-    out_stride: tl.tensor,  # of a row of OUT, in words
+    gap: tl.tensor,  # words of OUT between the rows of the weight
     group_shift: tl.tensor,  # log2 of the blocks that share a scale
     TILE: tl.constexpr,
 ) -> None:
@@ -57,14 +59,14 @@ def nf4_dequantize_kernel(
         scale = tl.load(SCALES + 2 * group, mask=mask, other=0.0)
         offset = tl.load(SCALES + 2 * group + 1, mask=mask, other=0.0)
         absmax = tl.load(TABLES + 16 + absmax.to(tl.int32)) * scale + offset
-    row = block // row_blocks
-    begin = row.to(tl.int64) * out_stride * 8 + (block - row * row_blocks) * 64
-    of_block, of_word = tl.arange(0, 8)[None, :], tl.arange(0, 8)[None, None, :]
-    word = tl.load(CODES + block[:, None] * 8 + of_block, mask=mask[:, None], other=0)
-    code = (word[:, :, None] >> ((of_word * 4) ^ 4)) & 15  # the first of a byte is in its high half
-    value = tl.load(TABLES + code) * absmax[:, None, None]
-    at = begin[:, None, None] + (of_block * 8)[:, :, None] + of_word
-    tl.store(OUT + at, value.to(OUT.dtype.element_ty), mask=mask[:, None, None])
+    word = tl.load(CODES + block[:, None] * 8 + tl.arange(0, 8)[None, :], mask=mask[:, None], other=0)
+    shift = (tl.arange(0, 8) * 4) ^ 4  # the first of a byte is in its high half
+    code = (word[:, :, None] >> shift[None, None, :]) & 15
+    value = tl.gather(tl.load(TABLES + tl.arange(0, 16)), tl.reshape(code, (TILE * 64,)), 0)
+    value = tl.reshape(value, (TILE, 64)) * absmax[:, None]
+    begin = block * 8 + block // row_blocks * gap  # in words, so that 32 bits are enough
+    at = begin.to(tl.int64)[:, None] * 8 + tl.arange(0, 64)[None, :]
+    tl.store(OUT + at, value.to(OUT.dtype.element_ty), mask=mask[:, None])
 
 
 def dequantize(weight: NF4Weight, out: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ def dequantize(weight: NF4Weight, out: Tensor) -> Tensor:
         out,
         blocks,
         weight.shape[1] // BLOCK,
-        out.stride(0) // WORD,
+        (out.stride(0) - out.shape[1]) // WORD,
         max(weight.group, 1).bit_length() - 1,
         TILE=CONFIG.blocks,
         num_warps=CONFIG.warps,

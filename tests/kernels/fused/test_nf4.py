@@ -1,7 +1,9 @@
 """The kernel that makes NF4 weights wide compiles for every GPU we promise, within its shared memory, unspilled,
-vectorised."""
+vectorised, its stores in whole lines."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -15,7 +17,7 @@ SIGNATURE = {
     "TABLES": "*fp32",
     "OUT": "*bf16",
     **dict.fromkeys(("blocks", "row_blocks"), "i32"),
-    **dict.fromkeys(("out_stride", "group_shift"), "i32"),
+    **dict.fromkeys(("gap", "group_shift"), "i32"),
 }
 CONSTEXPRS = {"TILE": fused.CONFIG.blocks}
 
@@ -32,6 +34,19 @@ def test_compiles(dtype: str) -> None:
     assert "st.global.v4" in assembly
     assert "st.global.b16" not in assembly
     assert "fma" not in assembly, "a contracted product has other bits"
+    size = 4 if dtype == "*fp32" else 2
+    assert all(size * in_a_row(one.dialect) >= 128 for one in compiled.values()), "a warp's store is scattered"
+
+
+def in_a_row(dialect: str) -> int:
+    """Elements of the last axis that one store of a warp writes."""
+    layout = re.search(r"tt\.store .*, (#\w+)>", dialect)
+    assert layout is not None
+    blocked = re.search(
+        rf"^{layout[1]} = .*sizePerThread = \[([\d, ]+)\], threadsPerWarp = \[([\d, ]+)\]", dialect, re.M
+    )
+    assert blocked is not None
+    return int(blocked[1].split(",")[-1]) * int(blocked[2].split(",")[-1])
 
 
 def test_compiles_without_double_quantisation() -> None:
