@@ -20,6 +20,7 @@ from chronicals.errors import UserError
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import fsync
+from chronicals.models.shards import stored_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _VOCABULARY = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
@@ -178,12 +179,20 @@ def load_adapter(model: Decoder, folder: Path) -> LoRA:
     """
     lora = read_lora(folder, model.config)
     stored = _load(folder)
-    rows = [len(stored[name]) for name in _VOCABULARY if name in stored]
-    model.resize_token_embeddings(max(rows, default=model.config.vocab_size))
+    model.resize_token_embeddings(vocabulary_rows(folder) or model.config.vocab_size)
     add_lora(model, lora)
     _fill(model, stored, folder / WEIGHTS_FILE)
     model.eval()
     return lora
+
+
+def vocabulary_rows(folder: Path) -> int | None:
+    """The rows of the embedding or the head in the file of the adapter in `folder`; None where it has neither."""
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        return None
+    stored = stored_tensors(file)
+    return max((stored[name].shape[0] for name in _VOCABULARY if name in stored), default=None)
 
 
 def fill_adapter(model: Decoder, folder: Path, *, taken_out: bool = False) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from chronicals.errors import UserError
 
 ADAPTER_FILE = "adapter_config.json"
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt")
 FAREWELL = "Ctrl-D ends, /new starts a new conversation."
 
 
@@ -110,16 +111,13 @@ class Partner:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
-        from chronicals.models.hf import DOWNLOADS
-
         disable_progress_bar()
-        if (path / ADAPTER_FILE).is_file() and importlib.util.find_spec("peft") is None:
-            raise UserError("this is an adapter, which transformers loads with peft", "pip install peft", file=path)
-        if (path / ADAPTER_FILE).is_file():
-            find_base(path, DOWNLOADS, "write its folder into base_model_name_or_path")
+        base = _base_of(path)
+        tokenizer = path if base is None or (path / "tokenizer_config.json").is_file() else base
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer)
+            model: Any = AutoModelForCausalLM.from_pretrained(base or path, dtype="auto")
+            model = model if base is None else _beside(model, base, path)
         except (OSError, ValueError, SafetensorError) as error:
             mend = "if a run was saving to it, take its last checkpoint; else get the files again"
             raise UserError(f"transformers cannot load it ({error})", mend, file=path) from error
@@ -155,3 +153,30 @@ class Partner:
         if self.tokenizer.chat_template is not None:
             self.turns.append({"role": "assistant", "content": text})
         return text
+
+
+def _base_of(path: Path) -> Path | None:
+    """The base model's folder, where `path` holds an adapter."""
+    from chronicals.models.hf import DOWNLOADS
+
+    if not (path / ADAPTER_FILE).is_file():
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("this is an adapter, which transformers loads with peft", "pip install peft", file=path)
+    return find_base(path, (*DOWNLOADS, *TOKENIZER), "write its folder into base_model_name_or_path")
+
+
+def _beside(model: Any, base: Path, adapter: Path) -> Any:
+    """The base model with the adapter beside it, its vocabulary made as large as the adapter has rows."""
+    from peft import PeftModel
+
+    from chronicals.adapters.peft_files import vocabulary_rows
+
+    rows = vocabulary_rows(adapter)
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except RuntimeError as error:
+        mend = "write the right one into base_model_name_or_path"
+        raise UserError(f"it does not fit the base model {base} ({error})", mend, file=adapter) from error

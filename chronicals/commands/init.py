@@ -40,7 +40,8 @@ micro_batch_size: 1
 gradient_accumulation_steps: 8
 
 num_epochs: 1
-learning_rate: 2e-5           # decays linearly to zero
+learning_rate: 2e-5           # decays linearly to zero; with an adapter: 2e-4
+# adapter: lora               # trains thin matrices beside frozen weights; qlora keeps those in 4 bits
 warmup_ratio: 0.03
 
 # The final model, its tokenizer, checkpoints, metrics.jsonl and this job as it was run.

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chronicals.commands.chat import ADAPTER_FILE, find_base, name_checkpoint
+from chronicals.commands.chat import ADAPTER_FILE, TOKENIZER, find_base, name_checkpoint
 from chronicals.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ LENGTHS = (64, 37, 1, 16)  # of the documents
 _FLOAT32_NOISE = 1e-4  # what matmuls in another order may cost a deep model
 _LEAST_EFFECT = 1e-5  # an adapter that does less than this to the logits has no effect that could be compared
 _LEAST_SHARE = 0.5
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt")
 GENERATION_FILE = "generation_config.json"
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -146,7 +145,7 @@ def _adapter_folder(adapter: str) -> Path:
 
     path = Path(adapter).expanduser()
     if not path.is_dir():
-        path = hub.resolve(adapter, allow_patterns=("adapter_*", GENERATION_FILE, *_TOKENIZER))
+        path = hub.resolve(adapter, allow_patterns=("adapter_*", GENERATION_FILE, *TOKENIZER))
     if not (path / ADAPTER_FILE).is_file():
         if (path / "config.json").is_file():
             raise UserError("this is a whole model, there is nothing to merge", "give an adapter", file=path)
@@ -162,7 +161,7 @@ def _base_folder(adapter: Path, base: str | None) -> Path:
     from chronicals import hub
     from chronicals.models.hf import DOWNLOADS
 
-    patterns = (*DOWNLOADS, *_TOKENIZER)
+    patterns = (*DOWNLOADS, *TOKENIZER)
     if base is None:
         folder = find_base(adapter, patterns, "name the base model: --base DIR")
     else:
@@ -248,7 +247,7 @@ def _same_base(adapter: Path, base: Path) -> Callable[[str, Tensor], None]:
 def _copy_beside(adapter: Path, base: Path, out: Path) -> None:
     """The adapter's tokenizer and generation_config.json, which carry the template it was trained with; the base's
     where it has none."""
-    for patterns, sign in ((_TOKENIZER, "tokenizer_config.json"), ((GENERATION_FILE,), GENERATION_FILE)):
+    for patterns, sign in ((TOKENIZER, "tokenizer_config.json"), ((GENERATION_FILE,), GENERATION_FILE)):
         source = adapter if (adapter / sign).is_file() else base
         for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
             shutil.copyfile(file, out / file.name)

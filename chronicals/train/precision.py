@@ -26,6 +26,8 @@ HALF_FROM = (7, 0)  # compute capability from which float16 matmuls have units o
 def resolve_device(name: str) -> torch.device:
     """`auto`: the first visible GPU, else the CPU. CUDA_VISIBLE_DEVICES chooses among several. Raises UserError for a
     GPU that is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: there is no {name!r}", "use cpu, cuda or auto")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -113,12 +115,15 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def out_of_memory_explained() -> Iterator[None]:
-    """A GPU that ran full is something the user can mend: UserError with the ways to need less, the free ones first."""
+    """Memory that ran full is something the user can mend: UserError with ways to need less, the free ones first."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not on_gpu and "DefaultCPUAllocator" not in str(error):  # for which torch has no class
+            raise
         raise UserError(
-            "the GPU is out of memory",
+            "the GPU is out of memory" if on_gpu else "the machine is out of memory",
             "halve micro_batch_size and double gradient_accumulation_steps, which trains the same; "
             "or set recompute: full, or a shorter sequence_len",
         ) from error

@@ -129,6 +129,37 @@ def test_an_adapter_answers_beside_its_base_model(
         ask(adapter, "hello")
 
 
+def test_an_adapter_with_more_tokens_than_its_base_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what was saved without a tokenizer takes the base model's."""
+    lora = LoRA(4, 8, ("q_proj",), modules_to_save=("embed_tokens",), ensure_weight_tying=True)
+    answers = []
+    for extra in (0, 3):
+        model = load_model(folder)
+        model.resize_token_embeddings(model.config.vocab_size + extra)
+        add_lora(model, lora)
+        adapter_tensors(model)["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].fill_(0.5)
+        (tmp_path / str(extra)).mkdir()
+        save_adapter(model, lora, tmp_path / str(extra), base_model=str(folder))
+        ask(tmp_path / str(extra), "hello")
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != "\n"
+
+
+def test_an_adapter_of_another_model_is_told(folder: Path, tmp_path: Path) -> None:
+    other = helpers.make_model(tmp_path / "other", hidden_size=64)
+    lora = LoRA(4, 8, ("q_proj",))
+    model = load_model(other)
+    add_lora(model, lora)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, lora, tmp_path / "adapter", base_model=str(folder))
+    with pytest.raises(
+        UserError, match=rf"it does not fit the base model {folder} \(.*size mismatch.*\); write"
+    ):
+        ask(tmp_path / "adapter", "hello")
+
+
 def test_a_folder_without_model_says_what_to_try(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         model_folder(str(tmp_path))

@@ -33,6 +33,13 @@ def test_every_key_is_explained() -> None:
     assert "chronicals train job.yaml" in "\n".join(lines)
 
 
+def test_an_adapter_is_one_line_away() -> None:
+    init("org/model", "chats.jsonl", Path("job.yaml"))
+    text = Path("job.yaml").read_text()
+    Path("job.yaml").write_text(text.replace("# adapter: lora ", "adapter: lora "))
+    assert TrainConfig.load(Path("job.yaml")).adapter == "lora"
+
+
 def test_the_output_folder_is_named_after_the_data() -> None:
     init("org/model", "chats.jsonl", Path("job.yaml"))
     assert TrainConfig.load(Path("job.yaml")).output_dir == "outputs/chats"

@@ -139,6 +139,8 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError, match="device: cuda, but this torch was built without it"):
         resolve_device("cuda")
+    with pytest.raises(UserError, match="device: there is no 'gpu'; use cpu, cuda or auto"):
+        resolve_device("gpu")
 
 
 def test_cpu_is_always_deterministic_and_a_gpu_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

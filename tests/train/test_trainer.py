@@ -302,16 +302,19 @@ def test_signal_handlers_and_torchs_switches_come_back(folder: Path) -> None:
     assert torch.utils.deterministic.fill_uninitialized_memory == fill
 
 
-def test_out_of_memory_names_what_needs_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpu", [True, False])
+def test_out_of_memory_names_what_needs_less(folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
     def full(*args: Any, **options: Any) -> None:
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
-        )
+        if gpu:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+            )
+        torch.empty(2**60, dtype=torch.uint8)
 
     monkeypatch.setattr(Step, "__call__", full)
     assert refusal(folder) == (
-        "the GPU is out of memory; halve micro_batch_size and double gradient_accumulation_steps, which trains the "
-        "same; or set recompute: full, or a shorter sequence_len"
+        f"the {'GPU' if gpu else 'machine'} is out of memory; halve micro_batch_size and double "
+        "gradient_accumulation_steps, which trains the same; or set recompute: full, or a shorter sequence_len"
     )
 
 
