@@ -154,9 +154,7 @@ def test_an_adapter_of_another_model_is_told(folder: Path, tmp_path: Path) -> No
     add_lora(model, lora)
     (tmp_path / "adapter").mkdir()
     save_adapter(model, lora, tmp_path / "adapter", base_model=str(folder))
-    with pytest.raises(
-        UserError, match=rf"it does not fit the base model {folder} \(.*size mismatch.*\); write"
-    ):
+    with pytest.raises(UserError, match=rf"it does not fit the base model {folder} \(.*size mismatch.*\); write"):
         ask(tmp_path / "adapter", "hello")
 
 
