@@ -22,7 +22,7 @@ from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views, load_model
 from chronicals.models.layer import Recompute
 from chronicals.models.quantization import NF4
-from tests.adapters.test_lora import assert_equal_to_theirs
+from tests.adapters.peft_models import assert_equal_to_theirs
 from tests.models.test_nf4 import SIZES, quantised
 from tests.models.test_parity import logits_and_loss
 from tests.models.tiny import documents, reference_of

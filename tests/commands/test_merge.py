@@ -22,7 +22,7 @@ from chronicals.cli import run
 from chronicals.commands.merge import MergeReport, merge
 from chronicals.errors import UserError
 from chronicals.models.hf import load_model, save_model
-from tests.adapters.test_lora import VARIANTS, theirs_of
+from tests.adapters.peft_models import VARIANTS, theirs_of
 from tests.kernels.numerics import relative_error
 from tests.models.test_parity import reference_logits_and_loss
 from tests.models.tiny import documents, edit_config, save_reference
