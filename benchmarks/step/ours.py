@@ -100,6 +100,7 @@ class Ours(Arm):
             self._guard(optimizer),
             loss_fn=partial(ops.linear_cross_entropy, sink=self.model.sink),
             max_grad_norm=MAX_GRAD_NORM,
+            bins=1,
             loss_scale=loss_scale_for(self.dtype, device),
         )
         self.chosen = {

@@ -335,8 +335,7 @@ def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
 
 
 def dropout_counter(model: Decoder) -> Tensor:
-    """() int64, to be set to the micro-batch's number before each; a tensor that nobody reads where there is no
-    dropout."""
+    """() int64, `Dropout.counter`; a tensor that nobody reads where there is no dropout."""
     dropouts = [module for module in model.modules() if isinstance(module, Dropout)]
     return dropouts[0].counter if dropouts else torch.zeros((), dtype=torch.int64)
 

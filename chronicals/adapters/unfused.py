@@ -48,7 +48,7 @@ class Dropout(nn.Module):
         seed: with the counter, an adapter's stream and an element's place it decides what is dropped.
 
     Attributes:
-        counter: () int64, the micro-batch's number; whoever trains sets it before each, and never the same one twice.
+        counter: () int64, names the micro-batch; whoever trains sets it before each, and never the same one twice.
     """
 
     counter: Tensor

@@ -209,8 +209,8 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
         guard,
         loss_fn=partial(loss, label_smoothing=config.label_smoothing_factor, z_loss=config.z_loss, sink=model.sink),
         max_grad_norm=config.max_grad_norm,
+        bins=data.train.bins_per_step,
         loss_scale=loss_scale,
-        micro_batches=config.gradient_accumulation_steps,
     )
     return Run(
         config=config,

@@ -49,7 +49,11 @@ class StepOutput:
 
 
 class Step:
-    """Trains one window (the micro-batches of one optimizer step, at most `micro_batches`) at a call."""
+    """Trains one window (the micro-batches of one optimizer step) at a call.
+
+    `bins`: of a whole window. They say which micro-batch it is (`Dropout.counter`): how they are divided into
+    micro-batches may change on resume, and no mask of dropout may come again.
+    """
 
     def __init__(
         self,
@@ -60,14 +64,14 @@ class Step:
         *,
         loss_fn: LossFn,
         max_grad_norm: float,
+        bins: int,
         loss_scale: LossScale = UNSCALED,
-        micro_batches: int = 1,
     ) -> None:
         self.model, self.gradients, self.optimizer, self.guard = model, gradients, optimizer, guard
         self.loss_fn, self.max_grad_norm, self.loss_scale = loss_fn, max_grad_norm, loss_scale
         self.device = model.head_weight.device
         self.lr, self.loss, self.grad_norm = (torch.zeros((), device=self.device) for _ in range(3))
-        self.micro_batches, self.micro_batch = micro_batches, dropout_counter(model)
+        self.bins, self.micro_batch = bins, dropout_counter(model)
         self._checked = False
 
     def __call__(self, step: int, window: Sequence[PackedBatch], lr: float) -> StepOutput:
@@ -75,7 +79,7 @@ class Step:
         self.lr.fill_(lr)
         self.loss.zero_()
         for number, batch in enumerate(window):
-            self.micro_batch.fill_((step - 1) * self.micro_batches + number)
+            self.micro_batch.fill_((step - 1) * self.bins + number)  # of several processes each would need its own
             self.run_micro(batch)
         if not self._checked:
             self.guard.check_gradients_exist(step, self.gradients.missing())

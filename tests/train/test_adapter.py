@@ -129,10 +129,14 @@ def test_each_micro_batch_has_masks_of_its_own(folder: Path, monkeypatch: pytest
         monkeypatch.setattr(LoRADropout, name, spied(getattr(LoRADropout, name)))
     options = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "val_set_size": 10, "eval_steps": 2}
     helpers.run(adapter_config(folder, max_steps=2, **options))
-    assert seen == sorted(seen) and set(seen) == {0, 1, 2, 3}
+    assert seen == sorted(seen) and set(seen) == {0, 1, 4, 5}  # steps of four bins, in micro-batches of two
     calls = len(seen)
     helpers.run(adapter_config(folder, max_steps=4, resume_from_checkpoint="auto", save_steps=2, **options))
-    assert seen[calls:] == [4 + number for number in seen[:calls]]  # evaluation drops nothing
+    assert seen[calls:] == [8 + number for number in seen[:calls]]  # evaluation drops nothing
+    options |= {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
+    calls = len(seen)
+    helpers.run(adapter_config(folder, max_steps=6, resume_from_checkpoint="auto", save_steps=2, **options))
+    assert set(seen[calls:]) == {16, 20}  # divided otherwise, no mask comes again
 
 
 def test_all_linear_layers_are_the_default(folder: Path) -> None:
