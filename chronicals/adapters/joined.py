@@ -106,12 +106,14 @@ class JoinedLoRA(LoRAProjection):
         self.ops.lora_down(x, self.joined[rows:, :columns], alpha=self.alpha, scales=self.scales, out=t, copy=apart)
         return left, self.joined[:rows]
 
-    def grad_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    def fill_grad_room(self, d_out: Tensor) -> None:
         rows, columns = self.weight.shape
-        left = widened(d_out, self.out_room)
-        b, u = self.joined[:rows, columns:], left[:, rows:]
+        b, u = self.joined[:rows, columns:], widened(d_out, self.out_room)[:, rows:]
         self.ops.lora_up_backward(d_out, b, self.blocks, alpha=self.alpha, scales=self.scales, out=u)
-        return left, self.joined[:, :columns]
+
+    def grad_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        self.fill_grad_room(d_out)
+        return widened(d_out, self.out_room), self.joined[:, : self.weight.shape[1]]
 
     def forward(self, x: Tensor, out: Tensor | None = None, apart: Tensor | None = None) -> Tensor:
         return Projection.forward(self, x, out, apart)

@@ -49,16 +49,20 @@ class JoinedNF4LoRA(JoinedLoRA):
     def placements(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(())
 
-    def _fill(self) -> None:
+    def _place_adapters(self) -> None:
         if self._place is None:
             self._place = self.ops.place_adapters(list(super().placements()))
-        self.use()
         self._place()
 
     def operands(self, x: Tensor, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._fill()
+        self.use()
+        self._place_adapters()
         return super().operands(x, apart)
 
+    def fill_grad_room(self, d_out: Tensor) -> None:
+        self._place_adapters()  # W is not read
+        super().fill_grad_room(d_out)
+
     def grad_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        self._fill()
+        self.use()
         return super().grad_operands(d_out)

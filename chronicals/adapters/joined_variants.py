@@ -83,9 +83,12 @@ class JoinedDropout(JoinedLoRA):
             return super().backward(d_out, x, kept, gradients, y=y, read=read)
         assert self.dropout is not None and kept is not None
         rows, columns = self.weight.shape
-        left, right = self.grad_operands(d_out)
-        d_x = d_out @ right[:rows] if read else x.new_empty(x.shape)  # the gradients of A come out beside it
-        u, a_stack = left[:, rows:], self.joined[rows:, :columns]
+        if read:
+            d_x = d_out @ self.grad_operands(d_out)[1][:rows]
+        else:
+            self.fill_grad_room(d_out)
+            d_x = x.new_empty(x.shape)  # the gradients of A come out beside it
+        u, a_stack = widened(d_out, self.out_room)[:, rows:], self.joined[rows:, :columns]
         partials = self.masked.up_(d_x, x, u, a_stack, self.dropout.counter)
         for block, (_, a, _) in zip(self.blocks, self.adapters(), strict=True):
             if a.requires_grad:

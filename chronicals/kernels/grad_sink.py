@@ -60,8 +60,10 @@ class Stack:
         self.out = out
         self.partials: Tensor | None = None  # (n, parts, N) float32, made at the first use
 
-    def place(self, parameter: Tensor, parts: int) -> Tensor:
+    def place(self, parameter: Tensor, parts: int, *, first: bool) -> Tensor:
+        """(parts, N) to write. `first`: of this micro-batch; the others then have as many parts."""
         if self.partials is None or self.partials.shape[1] != parts:
+            assert first, f"{parts} parts of a vector, and another number of one of its like"
             n, width = self.out.shape
             self.partials = self.out.new_zeros(n, parts, width, dtype=torch.float32)
         return self.partials[self.places[parameter]]
@@ -122,15 +124,17 @@ class InPlace:
         if stack is None:
             return None
         assert parameter not in self.written, "a second set of parts would overwrite the first"
+        place = stack.place(parameter, parts, first=stack not in self._waiting)
         self.written.add(parameter)
         self.reached.add(parameter)
         self._waiting[stack] = None
-        return stack.place(parameter, parts)
+        return place
 
     def finish(self, reduce: Reduce) -> None:
         """Adds up the parts that came in this micro-batch; `reduce` is the ops' `reduce_partials`."""
         for stack in self._waiting:
             assert stack.partials is not None
+            assert self.written.issuperset(stack.places), "a vector without parts would get those of an earlier one"
             reduce(stack.partials, stack.out.dtype, out=stack.out, add=self.accumulate)
         self._waiting.clear()
 

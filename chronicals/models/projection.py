@@ -115,6 +115,9 @@ class Projection(nn.Module):
         behind x, and `apart`."""
         return x, self.use()
 
+    def fill_grad_room(self, d_out: Tensor) -> None:
+        """(T, out): fills the room behind d_out, for `weight_grads`."""
+
     def grad_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
         """(T, out) -> left and right of `dx = left @ right`; fills the room behind d_out."""
         return d_out, self.use()
@@ -161,9 +164,11 @@ class Projection(nn.Module):
         Returns:
             (T, in), or None where nobody reads it.
         """
-        d_x = self.input_grad(d_out) if read else None
-        if not read:
-            self.grad_operands(d_out)
+        d_x = None
+        if read:
+            d_x = self.input_grad(d_out)
+        else:
+            self.fill_grad_room(d_out)
         self.weight_grads(d_out, x, kept, gradients)
         return d_x
 
@@ -210,7 +215,7 @@ class Projection(nn.Module):
         self.weight_grads(d_out, product, kept, gradients)
 
     def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
-        """The gradients of its parameters, behind `input_grad` or `grad_operands` of the same d_out.
+        """The gradients of its parameters, behind `input_grad` or `fill_grad_room` of the same d_out.
 
         Args:
             d_out: (T, out), what stands in the room behind it included.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from chronicals.kernels.ops import REFERENCE
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views, load_model
 from chronicals.models.layer import Recompute
+from chronicals.models.nf4 import NF4Store
 from chronicals.models.quantization import NF4
 from tests.adapters.peft_models import assert_equal_to_theirs
 from tests.models.test_nf4 import SIZES, quantised
@@ -115,6 +117,20 @@ def test_buffers_are_shared_by_layers_and_hold_what_is_used_last(plain: Path) ->
     first = gradients(model)
     again = gradients(model)
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_weight_is_made_wide_only_where_it_is_read(
+    plain: Path, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once forward and once backward, but for the first projection: nobody reads the gradient of its input."""
+    model = load_model(plain, quantization=NF4())
+    add_lora(model, LoRA(3, 6, all_linear(model.config), dropout=dropout))
+    made, into = Counter[nn.Module](), NF4Store.into
+    monkeypatch.setattr(NF4Store, "into", lambda self, weight: (made.update([self]), into(self, weight))[1])
+    gradients(model.train())
+    first, *others = [made[module.store] for module in model.modules() if isinstance(module, JoinedLoRA)]
+    assert first == 1 and set(others) == {2}
 
 
 def test_adapters_that_lie_elsewhere_are_found(plain: Path) -> None:

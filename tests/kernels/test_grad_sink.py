@@ -120,6 +120,17 @@ def test_parts_of_alike_vectors_lie_together_and_are_added_up_once() -> None:
     assert sink.partials(nn.Parameter(torch.zeros(3)), 2) is None, "it has no like"
 
 
+def test_vectors_that_are_added_up_together_have_equally_many_parts() -> None:
+    vectors = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    out = torch.zeros(2, 3)
+    sink = InPlace(dict(zip(vectors, out, strict=True)), accumulate=False, stacks=[Stack(vectors, out)])
+    sink.partials(vectors[0], 2)
+    with pytest.raises(AssertionError, match="5 parts of a vector, and another number of one of its like"):
+        sink.partials(vectors[1], 5)
+    with pytest.raises(AssertionError, match="a vector without parts would get those of an earlier one"):
+        sink.finish(reduce_partials)
+
+
 def test_scratch_is_room_of_gradients_that_come_later() -> None:
     head, other = (nn.Parameter(torch.zeros(n, 8, dtype=torch.bfloat16)) for n in (4, 30))
     flat = torch.zeros(8 * 34 + 128, dtype=torch.bfloat16)
