@@ -297,3 +297,7 @@ def main() -> None:
     # a machine that does anything else a step then takes up to twenty times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

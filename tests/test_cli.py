@@ -67,10 +67,10 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return function
 
 
-def spawn(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def spawn(*arguments: str, cwd: Path, module: str = "chronicals") -> subprocess.CompletedProcess[str]:
     """`python -m chronicals`, as a shell sees it."""
     path = {"PYTHONPATH": str(Path(chronicals.__file__).parents[1]), "PATH": "/usr/bin:/bin", "HOME": str(cwd)}
-    command = [sys.executable, "-m", "chronicals", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=cwd, env=path, capture_output=True, text=True, check=False)
 
 
@@ -118,6 +118,12 @@ def test_waiting_threads_do_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_version(chronicals_: Cli) -> None:
     assert chronicals_("--version") == (0, f"{chronicals.__version__}\n", "")
+
+
+@pytest.mark.parametrize("module", ["chronicals", "chronicals.cli"])
+def test_it_is_a_module_too(module: str, tmp_path: Path) -> None:
+    ran = spawn("train", "--help", cwd=tmp_path, module=module)
+    assert ran.returncode == 0 and "Usage: chronicals train" in ran.stdout
 
 
 @pytest.mark.parametrize(

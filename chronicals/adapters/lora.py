@@ -28,13 +28,12 @@ from chronicals.errors import UserError
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.families import FAMILIES
-from chronicals.models.hf import hf_views, trained_views
+from chronicals.models.hf import PEFT_PREFIX, hf_views, trained_views
 from chronicals.models.nf4 import NF4Store
 from chronicals.models.projection import Projection
 
 Names = tuple[str, ...] | str
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # of a layer, as we fuse them
-_PREFIX = "base_model.model."  # PEFT's, before every name
 
 
 @dataclass(frozen=True)
@@ -305,6 +304,10 @@ def _freeze(model: Decoder, lora: LoRA) -> None:
     model.frozen_parts = frozenset(frozen)
 
 
+def has_adapter(model: Decoder) -> bool:
+    return any(isinstance(module, LoRAProjection) for module in model.modules())
+
+
 def adapter_views(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`trained_views` by PEFT's names, of what is trained in a model with an adapter: its own tensors, and biases and
     modules of the base model.
@@ -316,8 +319,8 @@ def adapter_views(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Te
     adapted = {name.removesuffix(".lora_A.weight") for name in views if name.endswith(".lora_A.weight")}
     found = {}
     for name, view in views.items():
-        if not name.startswith(_PREFIX):
-            module, _, leaf = f"{_PREFIX}{name}".rpartition(".")
+        if not name.startswith(PEFT_PREFIX):
+            module, _, leaf = f"{PEFT_PREFIX}{name}".rpartition(".")
             name = f"{module}.base_layer.{leaf}" if module in adapted else f"{module}.{leaf}"
         found[name] = view
     return found
@@ -326,11 +329,11 @@ def adapter_views(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Te
 def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
     """The live tensors of an adapter's file, by PEFT's names; none where the model has no adapter. A head that is tied
     to a trained embedding is that embedding once more."""
-    if not any(isinstance(module, LoRAProjection) for module in model.modules()):
+    if not has_adapter(model):
         return {}
     found = adapter_views(model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
-    if model.lm_head is None and (embedding := found.get(f"{_PREFIX}model.embed_tokens.weight")) is not None:
-        found[f"{_PREFIX}lm_head.weight"] = embedding
+    if model.lm_head is None and (embedding := found.get(f"{PEFT_PREFIX}model.embed_tokens.weight")) is not None:
+        found[f"{PEFT_PREFIX}lm_head.weight"] = embedding
     return found
 
 

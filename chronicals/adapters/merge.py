@@ -27,10 +27,17 @@ from torch import Tensor
 
 from chronicals.adapters.lora import LoRA
 from chronicals.adapters.peft_files import WEIGHTS_FILE
-from chronicals.models.hf import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, checkpoint_tensors, fsync
+from chronicals.models.hf import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    PEFT_PREFIX,
+    SINGLE_FILE,
+    checkpoint_tensors,
+    fsync,
+    read_config,
+)
 from chronicals.models.shards import FLOATS, write_tensors
 
-_PREFIX = "base_model.model."
 _KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
 _WHOLE = "whole"  # the kind of a tensor that takes the base's place
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -79,7 +86,7 @@ def merge_weights(
     Returns:
         Name -> dtype of the weights that an adapter was merged into.
     """
-    config = json.loads((base / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_config(base)
     adapters = _by_weight(load_file(adapter / WEIGHTS_FILE))
     stored = checkpoint_tensors(base)
     if config.get("tie_word_embeddings"):
@@ -115,7 +122,7 @@ def _by_weight(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """PEFT's names -> Hugging Face name of the base's tensor -> what belongs to it, by kind."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix(_PREFIX)
+        name = name.removeprefix(PEFT_PREFIX)
         module, _, kind = name.removesuffix(".weight").rpartition(".")
         if kind in _KINDS:
             found.setdefault(f"{module}.weight", {})[kind] = tensor

@@ -19,11 +19,11 @@ from chronicals.adapters.saved import saved_tensors, take_out
 from chronicals.errors import UserError
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
-from chronicals.models.hf import fsync
+from chronicals.models.hf import PEFT_PREFIX, fsync
 from chronicals.models.shards import stored_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_VOCABULARY = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
+_VOCABULARY = (f"{PEFT_PREFIX}model.embed_tokens.weight", f"{PEFT_PREFIX}lm_head.weight")
 # keys of adapter_config.json that change what is computed -> what they hold where they do not
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (None, False),

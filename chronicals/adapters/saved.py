@@ -17,7 +17,7 @@ from torch import Tensor
 from chronicals.adapters.lora import adapter_tensors
 from chronicals.adapters.unfused import LoRAProjection
 from chronicals.models.decoder import Decoder
-from chronicals.models.hf import hf_views
+from chronicals.models.hf import PEFT_PREFIX, hf_views
 
 
 def saved_tensors(model: Decoder) -> dict[str, Tensor]:
@@ -42,8 +42,7 @@ def take_out(model: Decoder, stored: dict[str, Tensor]) -> None:
 
 def changed_weights(model: Decoder) -> set[str]:
     """Hugging Face names of the base model's weights that are not as they are on disk."""
-    prefix = "base_model.model."
-    return {f"{name.removeprefix(prefix)}.weight" for p, target, name in _targets(model) if target in p.taken_out}
+    return {f"{name.removeprefix(PEFT_PREFIX)}.weight" for p, target, name in _targets(model) if target in p.taken_out}
 
 
 def _targets(model: Decoder) -> Iterator[tuple[LoRAProjection, str, str]]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import re
 import shutil
 import signal
 import sys
@@ -159,19 +158,18 @@ def _adapter_folder(adapter: str) -> Path:
 def _base_folder(adapter: Path, base: str | None) -> Path:
     """The base model's folder, in 16 or 32 bits."""
     from chronicals import hub
-    from chronicals.models.hf import DOWNLOADS
+    from chronicals.models.hf import CONFIG_FILE, DOWNLOADS, read_config
 
     patterns = (*DOWNLOADS, *TOKENIZER)
     if base is None:
         folder = find_base(adapter, patterns, "name the base model: --base DIR")
     else:
         folder = hub.resolve(base, allow_patterns=patterns)
-    config = folder / "config.json"
-    if config.is_file() and re.search(r'"quantization_config":\s*\{', config.read_text(encoding="utf-8")):
+    if read_config(folder).get("quantization_config"):
         raise UserError(
             "the base model is quantised, and merging would round it again",
             "name the 16-bit model that it was made from: --base DIR",
-            file=config,
+            file=folder / CONFIG_FILE,
         )
     return folder
 

@@ -61,10 +61,6 @@ class Documents:
     def num_tokens(self) -> int:
         return len(self.tokens)
 
-    @property
-    def num_supervised(self) -> int:
-        return int(np.count_nonzero(self.loss_mask))
-
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

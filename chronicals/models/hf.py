@@ -34,6 +34,7 @@ from chronicals.models.shards import FLOATS, Stored, stored_tensors, stream
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PEFT_PREFIX = "base_model.model."  # PEFT's, before every name of an adapter's tensors
 # by name: some repositories hold the weights twice, in their maker's own layout too
 DOWNLOADS = (CONFIG_FILE, "generation_config.json", "model*.safetensors", INDEX_FILE)
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -117,8 +118,8 @@ def _in_4_bits(model: Decoder, stored: Mapping[str, Stored]) -> dict[str, Module
     return found
 
 
-def load_config(folder: Path) -> ModelConfig:
-    """The `ModelConfig` of a folder's config.json."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says. Raises UserError where it is missing or damaged."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         adapter = (folder / "adapter_config.json").is_file()
@@ -132,10 +133,16 @@ def load_config(folder: Path) -> ModelConfig:
         raise UserError(f"this is not JSON ({error})", "download it again", file=file) from error
     if not isinstance(data, dict):
         raise UserError("this is not a JSON object", "download it again", file=file)
+    return data
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The `ModelConfig` of a folder's config.json."""
+    data = read_config(folder)
     try:
         return ModelConfig.from_hf(data)
     except UserError as error:
-        raise UserError(error.reason.removeprefix("config.json: "), error.mend, file=file) from error
+        raise UserError(error.reason.removeprefix("config.json: "), error.mend, file=folder / CONFIG_FILE) from error
 
 
 def hf_views(model: Decoder, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -156,7 +163,7 @@ def hf_views(model: Decoder, tensors: Mapping[str, Tensor]) -> Iterator[tuple[st
         if adapter := _ADAPTER.fullmatch(name):
             block, kind, module = adapter.groups()
             leaf = kind if kind == "lora_magnitude_vector" else f"{kind}.weight"
-            yield f"base_model.model.model.{block}.{module}.{leaf}", tensor
+            yield f"{PEFT_PREFIX}model.{block}.{module}.{leaf}", tensor
             continue
         layer = re.search(r"\.(\d+)\.", name)
         index = layer.group(1) if layer else ""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from chronicals.errors import UserError
-from chronicals.kernels.adamw import BLOCK, StateDtype
+from chronicals.kernels.adamw import StateDtype
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,6 @@ class Format:
 
     state_dtype: StateDtype
     master: bool
-
-    def bytes_a_parameter(self, dtype: torch.dtype) -> float:
-        """Of weight, master and moments together, for weights of `dtype`; the gradient is not counted."""
-        moments = {"float32": 8.0, "bfloat16": 4.0, "int8": 2 + 2 / BLOCK}[self.state_dtype]
-        return dtype.itemsize + 4 * (self.master and dtype != torch.float32) + moments
 
 
 def format_of(optimizer: str, dtype: torch.dtype) -> Format:

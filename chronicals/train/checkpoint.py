@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chronicals import __version__
+from chronicals.adapters.lora import has_adapter
 from chronicals.adapters.peft_files import save_adapter
 from chronicals.adapters.saved import changed_weights, saved_tensors
 from chronicals.data.tokenizer import ChatTokenizer
@@ -133,8 +134,9 @@ def write_model(folder: Path, parts: Parts) -> dict[str, str]:
     tensors = _saved(parts.model)
     digests = _write_weights(folder, parts, tensors)
     _write_tokenizer(folder, parts)
-    frozen = _frozen(parts.model)
-    return digests | dict(zip(frozen, hex_digests(list(frozen.values())), strict=True)) if frozen else digests
+    if frozen := _frozen(parts.model):
+        digests |= dict(zip(frozen, hex_digests(frozen.values()), strict=True))
+    return digests
 
 
 def try_save(output_dir: Path, parts: Parts) -> None:
@@ -284,16 +286,17 @@ def _weights(model: Decoder) -> dict[str, Tensor]:
 
 def _saved(model: Decoder) -> dict[str, Tensor]:
     """The weights that are saved: an adapter's where there is one, as the others lie in the base model, unchanged."""
-    return saved_tensors(model) or _weights(model)
+    return saved_tensors(model) if has_adapter(model) else _weights(model)
 
 
 def _frozen(model: Decoder) -> dict[str, Tensor]:
     """The weights beside an adapter that it does not hold and that are as they are in the base model, by Hugging Face
     name; none without an adapter."""
+    if not has_adapter(model):
+        return {}
     trained = trained_views(model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
     other = trained.keys() | changed_weights(model)
-    frozen = {name: weight for name, weight in _weights(model).items() if name not in other}
-    return frozen if saved_tensors(model) else {}
+    return {name: weight for name, weight in _weights(model).items() if name not in other}
 
 
 def _optimizer_views(optimizer: OptimizerState, loss_scale: LossScale) -> Iterator[tuple[str, Tensor]]:

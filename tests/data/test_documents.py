@@ -17,7 +17,7 @@ def test_documents_from_lists() -> None:
     assert len(documents) == 3
     assert documents.lengths.tolist() == [3, 0, 1]
     assert documents.supervised.tolist() == [2, 0, 0]
-    assert (documents.num_tokens, documents.num_supervised) == (4, 2)
+    assert documents.num_tokens == 4
     assert [(t.tolist(), m.tolist()) for t, m in documents] == [
         ([5, 6, 7], [False, True, True]),
         ([], []),

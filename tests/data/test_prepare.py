@@ -81,7 +81,7 @@ def test_options_of_an_entry_go_before_the_run_s(model: str, chat: ChatTokenizer
     assert [word for word in words(made.train, chat)[0] if "*" in word] == ["Hi*"]
     assert "<|im_start|>" not in words(made.train, chat)[0]
     made = prepare(config(model, talk("Hi", "Hello"), datasets=[{"path": "x.jsonl", "train_on_inputs": True}]), chat)
-    assert made.train.num_supervised == made.train.num_tokens - 1
+    assert made.train.loss_mask.sum() == made.train.num_tokens - 1
 
 
 def test_the_default_system_message(model: str, chat: ChatTokenizer) -> None:

@@ -151,7 +151,7 @@ def test_header_and_dry_run(folder: Path) -> None:
     assert facts["kernels"] == "plain PyTorch"
     assert facts["documents"] == f"{len(train)}"
     assert facts["tokens"] == f"{train.num_tokens:,}"
-    assert facts["supervised tokens"].startswith(f"{train.num_supervised:,} (")
+    assert facts["supervised tokens"].startswith(f"{train.loss_mask.sum():,} (")
     assert "bins of 128, " in facts["packing"]
     assert facts["packing"].endswith("% full")
     assert " an epoch, 2 epochs)" in facts["steps"]
