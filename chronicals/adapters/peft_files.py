@@ -106,6 +106,7 @@ def read_lora(folder: Path, config: ModelConfig) -> LoRA:
     if bias not in ("none", "all", "lora_only"):
         raise UserError(f"bias: {bias!r} is not supported", "it is none, all or lora_only", file=file)
     _check_numbers(data, file)
+    _check_lists(data, file)
     layers = data.get("layers_to_transform")
     try:
         return LoRA(
@@ -147,13 +148,24 @@ def _check_numbers(data: Mapping[str, Any], file: Path) -> None:
         raise UserError(f"lora_dropout: {dropout!r} is not in [0, 1)", "get the file again", file=file)
 
 
+def _check_lists(data: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError where what holds names, or the layers' numbers, holds something else."""
+    texts = dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), str)
+    for key, kind in (texts | {"layers_to_transform": int}).items():
+        value = data.get(key)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(item, kind) for item in items):
+            wanted = "text" if kind is str else "number of a layer"
+            raise UserError(f"{key}: {value!r} is no {wanted} and no list of them", "get the file again", file=file)
+
+
 def _targets(targets: Any, config: ModelConfig) -> Names:
     if targets == "all-linear":
         return all_linear(config)
+    if not targets:
+        raise UserError("target_modules is missing", "give an adapter that names its targets")
     if isinstance(targets, list):
         check_targets(tuple(targets), config, key="target_modules")
-    elif not isinstance(targets, str):
-        raise UserError("target_modules is missing", "give an adapter that names its targets")
     return _names(targets)
 
 
@@ -180,7 +192,10 @@ def load_adapter(model: Decoder, folder: Path) -> LoRA:
     lora = read_lora(folder, model.config)
     stored = _load(folder)
     model.resize_token_embeddings(vocabulary_rows(folder) or model.config.vocab_size)
-    add_lora(model, lora)
+    try:
+        add_lora(model, lora)
+    except UserError as error:
+        raise error.at(folder / CONFIG_FILE) from error
     _fill(model, stored, folder / WEIGHTS_FILE)
     model.eval()
     return lora

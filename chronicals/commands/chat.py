@@ -118,6 +118,8 @@ class Partner:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer)
             model: Any = AutoModelForCausalLM.from_pretrained(base or path, dtype="auto")
             model = model if base is None else _beside(model, base, path)
+        except UserError:  # a ValueError too
+            raise
         except (OSError, ValueError, SafetensorError) as error:
             mend = "if a run was saving to it, take its last checkpoint; else get the files again"
             raise UserError(f"transformers cannot load it ({error})", mend, file=path) from error
@@ -172,6 +174,8 @@ def _beside(model: Any, base: Path, adapter: Path) -> Any:
 
     from chronicals.adapters.peft_files import vocabulary_rows
 
+    if not any((adapter / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise UserError("the adapter's weights are missing (adapter_model.safetensors)", "get them again", file=adapter)
     rows = vocabulary_rows(adapter)
     if rows is not None:
         model.resize_token_embeddings(rows, mean_resizing=False)

@@ -67,8 +67,17 @@ def test_every_parameter_is_counted(folder: Path) -> None:
     assert told[0] == told[1]
 
 
-def test_eight_steps_are_four_and_four(folder: Path) -> None:
-    options = {"save_steps": 4, "lr_scheduler": "constant", "peft_use_rslora": True}
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"peft_use_rslora": True},
+        {"peft_use_dora": True, "bf16": True},
+        {"lora_dropout": 0.2, "micro_batch_size": 1, "gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_eight_steps_are_four_and_four(folder: Path, variant: dict[str, Any]) -> None:
+    options = {"save_steps": 4, "lr_scheduler": "constant", **variant}
     straight = qlora_config(folder, max_steps=8, output_dir=str(folder / "straight"), **options)
     helpers.run(straight)
     helpers.run(qlora_config(folder, max_steps=4, **options))
