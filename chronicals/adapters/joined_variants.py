@@ -115,11 +115,11 @@ class JoinedDropout(JoinedLoRA):
         y: Tensor | None = None,
     ) -> None:
         if not self.drops:
-            return super().glu_backward(d_out, gate_up, glu, product, kept, gradients, d_gate_up=d_gate_up, y=y)
+            super().glu_backward(d_out, gate_up, glu, product, kept, gradients, d_gate_up=d_gate_up, y=y)
+            return
         product = glu.matmul.glu_forward(gate_up, glu.activation) if product is None else product
         d_product = self.backward(d_out, product, kept, gradients)
         glu.matmul.glu_backward(d_product, gate_up, glu.activation, d_gate_up=d_gate_up)
-        return None
 
 
 class JoinedNF4Dropout(JoinedNF4LoRA, JoinedDropout):

@@ -37,6 +37,7 @@ _DROPPED: dict[Recompute, tuple[str, ...]] = {
     "none": (),
     "light": ("normed", "product"),
     "mlp": ("normed", "product", "gate_up"),
+    "full": (),  # of the halves as they run again in backward
 }
 
 
@@ -153,7 +154,7 @@ class DecoderLayer(nn.Module):
         self._recompute = policy
         self._units: tuple[Unit, ...] = (WholeLayer(*self._halves),) if policy == "full" else self._halves
         for half in self._halves:
-            half.dropped = _DROPPED.get(policy, ())
+            half.dropped = _DROPPED[policy]
 
     def projections_changed(self) -> None:
         """Says that projections were put in."""

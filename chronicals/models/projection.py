@@ -137,7 +137,7 @@ class Projection(nn.Module):
         return left @ right
 
     def kept(self, x: Tensor) -> Tensor | None:
-        """The same where x is kept: a view of what stands behind it, or None."""
+        """What `weight_grads` will want that stands behind x, where x is kept: a view, or None."""
         return None
 
     def kept_out(self, y: Tensor) -> Tensor | None:
