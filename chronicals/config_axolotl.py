@@ -47,7 +47,6 @@ ALIASES: dict[str, str] = {
 }
 
 DATASET_ALIASES: dict[str, str] = {
-    "alpha_pattern": "lora_alpha_pattern",
     "message_field_content": "message_property_mappings.content",
     "message_field_role": "message_property_mappings.role",
     "subset": "name",

@@ -6,7 +6,6 @@ value asks for nothing), or unknown (an error with the nearest name). The tables
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from chronicals import config_axolotl as tables
 from chronicals.config_docs import admits, bounds, choices, describe, hint, parts
 from chronicals.config_yaml import KeyPath, Source
-from chronicals.errors import UserError
+from chronicals.errors import UserError, nearest
 
 _HELP = "docs/guide/config.md lists every key"
 _MISSING = {
@@ -128,9 +127,8 @@ class Names:
         return raw
 
     def _unknown(self, key: Any, path: KeyPath, fields: Iterable[str], names: _Tables) -> UserError:
-        known = [*fields, *names.aliases, *names.notes, *names.unsupported]
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.7)
-        mend = f"did you mean {near[0]!r}?" if near else _HELP
+        near = nearest(str(key), [*fields, *names.aliases])
+        mend = f"did you mean {near!r}?" if near else _HELP
         return self.source.error((*self.as_written(path), key), f"unknown key {key!r}", mend)
 
     def explain(self, failed: ValidationError) -> UserError:
@@ -146,8 +144,8 @@ class Names:
         words = choices(annotation)
         if isinstance(value, str) and value in tables.KNOWN_VALUES.get(field, ()):
             return self.error(path, f"{dotted}: {value} is known but not supported", f"use {describe(annotation)}")
-        near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
-        mend = f"did you mean {near[0]!r}?" if near else _mend(annotation, value)
+        near = nearest(value, words) if isinstance(value, str) else None
+        mend = f"did you mean {near!r}?" if near else _mend(annotation, value)
         return self.error(path, f"{dotted} must be {describe(annotation)}, not {_show(value)}", mend)
 
     def _locate(self, loc: tuple[str | int, ...]) -> tuple[KeyPath, type[BaseModel], str | None, Any]:

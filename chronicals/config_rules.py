@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ def check(config: TrainConfig, names: Names, given: set[str]) -> None:
     for key, wrong, reason, mend in rules:
         if wrong:
             raise names.error((key,), reason, mend)
+    _check_expressions(config, names)
     for key in ("datasets", "test_datasets"):
         for i, entry in enumerate(getattr(config, key) or []):
             _check_entry(entry, (key, i), names)
@@ -247,6 +249,26 @@ def _cadence_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool
             ),
         ]
     return rules
+
+
+def _check_expressions(config: TrainConfig, names: Names) -> None:
+    """Refuse what is read as a regular expression and is none; lists of the first two keys are names."""
+    for key in ("lora_target_modules", "lora_exclude_modules"):
+        if isinstance(value := getattr(config, key), str):
+            _check_expression(value, (key,), "write names as a list, or mend the expression", names)
+    for key in ("peft_layers_pattern", "lora_modules_to_save", "lora_rank_pattern", "lora_alpha_pattern"):
+        value = getattr(config, key) or ()
+        for i, expression in enumerate([value] if isinstance(value, str) else value):
+            place = expression if isinstance(value, dict) else i
+            _check_expression(expression, (key, place), "mend the expression", names)
+
+
+def _check_expression(expression: str, path: KeyPath, mend: str, names: Names) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        key = names.as_written(path[:1])[0]
+        raise names.error(path, f"{key}: {expression!r} is no regular expression ({error})", mend) from error
 
 
 def _check_entry(entry: DatasetEntry, path: KeyPath, names: Names) -> None:

@@ -6,6 +6,8 @@ code 3).
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -31,3 +33,10 @@ class UserError(ValueError):
 
 class GuardError(RuntimeError):
     """The guard stopped the run because it was not training; the message names the tensor and the step."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` is a slip of the keyboard away from; what is further off is another word
+    ("lora_beta", "lora_bias")."""
+    cutoff = 0.8 if len(name) > 4 else 0.75  # of four letters, two that are swapped
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)

@@ -7,12 +7,11 @@ out: retries of our own; huggingface_hub's cache is used first and offline machi
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from chronicals.errors import UserError
+from chronicals.errors import UserError, nearest
 
 
 def resolve(
@@ -113,9 +112,9 @@ def _nearest(path: Path) -> str:
     while not path.parent.is_dir() and path.parent != path:
         path = path.parent
     siblings = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
+    near = nearest(path.name, siblings)
     return (
-        f"did you mean {path.parent / near[0]}?"
+        f"did you mean {path.parent / near}?"
         if near
         else f"give a folder that exists; {path.parent} has none of that name"
     )

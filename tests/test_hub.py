@@ -66,6 +66,12 @@ def test_a_wrong_path_gets_the_nearest_sibling(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path}/qwen-bsae does not exist; did you mean {tmp_path}/qwen-base?"
 
 
+def test_another_name_is_no_slip(tmp_path: Path) -> None:
+    (tmp_path / "qwen-base").mkdir()
+    with pytest.raises(UserError, match="gemma-base does not exist; give a folder that exists;"):
+        hub.resolve(f"{tmp_path}/gemma-base")
+
+
 def test_the_nearest_sibling_is_sought_where_the_path_breaks(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     with pytest.raises(UserError) as caught:

@@ -10,7 +10,6 @@ Left out: adapters of embeddings and of the head, several adapters at once.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -24,7 +23,7 @@ from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.joined_nf4 import JoinedNF4LoRA
 from chronicals.adapters.joined_variants import JoinedDoRA, JoinedDropout, JoinedNF4DoRA, JoinedNF4Dropout
 from chronicals.adapters.unfused import DoRAProjection, Dropout, LoRAProjection, Target
-from chronicals.errors import UserError
+from chronicals.errors import UserError, nearest
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.families import FAMILIES
@@ -176,8 +175,8 @@ def check_targets(targets: Names, config: ModelConfig, *, key: str = "lora_targe
             continue
         if target.rpartition(".")[2] in ("lm_head", "embed_tokens"):
             raise UserError(f"{key}: adapters of {target} are not supported yet", f"use {', '.join(names)}")
-        near = difflib.get_close_matches(target, [*names, *modules], n=1)
-        mend = f"did you mean {near[0]!r}?" if near else f"use {', '.join(names)}"
+        near = nearest(target, [*names, *modules])
+        mend = f"did you mean {near!r}?" if near else f"use {', '.join(names)}"
         raise UserError(f"{key}: the model has no linear layer {target!r}", mend)
 
 
@@ -215,8 +214,8 @@ def _check_saved(lora: LoRA, config: ModelConfig) -> None:
         saved = [m.format(i=i) for m in there for i in range(config.num_hidden_layers)]
         saved = [module for module in saved if replace(lora, modules_to_save=(name,)).saves(module)]
         if not saved:
-            near = difflib.get_close_matches(name, ends, n=1)
-            mend = f"did you mean {near[0]!r}?" if near else f"use {', '.join(ends)}"
+            near = nearest(name, ends)
+            mend = f"did you mean {near!r}?" if near else f"use {', '.join(ends)}"
             raise UserError(f"lora_modules_to_save: the model has no module {name!r}", mend)
         if both := [module for module in saved if lora.adapts(module)]:
             raise UserError(

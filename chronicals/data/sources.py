@@ -10,7 +10,6 @@ Left out: streaming from the hub (a prepared data set is finite and cached) and 
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import os
@@ -31,7 +30,7 @@ from chronicals.data.readers import (
     known_types,
     without_filled,
 )
-from chronicals.errors import UserError
+from chronicals.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -213,8 +212,8 @@ def _missing(path: str) -> UserError:
     while not parent.is_dir():
         parent = parent.parent
     wanted = Path(path).relative_to(parent).parts[0]
-    near = difflib.get_close_matches(wanted, os.listdir(parent), n=1)
-    mend = f"did you mean {parent / near[0]}?" if near else f"paths start from {os.getcwd()}"
+    near = nearest(wanted, os.listdir(parent))
+    mend = f"did you mean {parent / near}?" if near else f"paths start from {os.getcwd()}"
     return UserError("no such file or folder", mend, file=path)
 
 

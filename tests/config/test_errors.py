@@ -12,6 +12,19 @@ from chronicals.errors import UserError
 ERRORS = [
     ("lerning_rate: 1", "c.yaml:4: unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
     ("per_device_batch_size: 1", "c.yaml:4: unknown key 'per_device_batch_size'; did you mean "),
+    ("lora_beta: 1", "c.yaml:4: unknown key 'lora_beta'; docs/guide/config.md lists every key"),
+    ("hub_model: 1", "c.yaml:4: unknown key 'hub_model'; docs/guide/config.md lists every key"),
+    *(
+        (f"adapter: lora\n{key}:{value}", f"c.yaml:{line}: {key}: '([' is no regular expression (")
+        for key, value, line in [
+            ("target_modules", " '(['", 5),
+            ("lora_exclude_modules", " '(['", 5),
+            ("lora_modules_to_save", "\n- norm\n- '(['", 7),
+            ("lora_rank_pattern", "\n  q_proj: 2\n  '([': 2", 7),
+            ("alpha_pattern", "\n  '([': 2", 6),
+        ]
+    ),
+    ("adapter: lora\npeft_layers_to_transform: 0\npeft_layers_pattern: '(['", "c.yaml:6: peft_layers_pattern: '(['"),
     ("qwertz: 1", "c.yaml:4: unknown key 'qwertz'; docs/guide/config.md lists every key"),
     ("1: 2", "c.yaml:4: unknown key 1; docs/guide"),
     ("fp16: true\nbf16: true", "c.yaml:4: fp16 and bf16 are both true; remove one of them"),
