@@ -16,6 +16,7 @@ from benchmarks.kernels.harness import Call, Case, assert_no_worse, relative_err
 from chronicals.kernels import dora
 from chronicals.kernels.dora import DoRARows
 from chronicals.kernels.fused import dora as fused_dora
+from chronicals.kernels.fused import glu
 from chronicals.kernels.fused.lora_dropout import FusedLoRADropout
 from chronicals.kernels.fused.place_adapters import place_adapters
 from chronicals.kernels.lora import LoRADropout, Part
@@ -127,6 +128,49 @@ def dropout(name: str, tokens: int) -> Iterator[Case]:
     yield Case("lora_dropout", shape, "down", matrix + thin, gate, down(FusedLoRADropout), peers, target=None)
     peers = {"eager": up(LoRADropout), "plain": plain_up}
     yield Case("lora_dropout", shape, "up", 3 * matrix + thin, gate, up(FusedLoRADropout), peers, target=None)
+    if name == "down":
+        yield from dropout_through_glu(parts, tokens, columns)
+
+
+def dropout_through_glu(parts: list[Part], tokens: int, columns: int) -> Iterator[Case]:
+    """Backward where the input is a GLU's product, beside the passes that it takes the place of."""
+    ranks = RANK * len(parts)
+
+    def inputs() -> list[Tensor]:
+        return [random(tokens, columns), random(tokens, 2 * columns), wide(tokens, ranks, 896), random(ranks, columns)]
+
+    def up_glu(make: Callable[..., LoRADropout]) -> Callable[[], Call]:
+        def arm() -> Call:
+            (d, gate_up, u, a), op = inputs(), make(parts, P, seed=SEED, device="cuda")
+            counter, out = torch.ones(1, dtype=torch.int64, device="cuda"), torch.empty_like(gate_up)
+            return lambda: op.up_glu(d, gate_up, "silu", u, a, counter, d_gate_up=out)
+
+        return arm
+
+    def passes() -> Call:
+        (d, gate_up, u, a), op = inputs(), FusedLoRADropout(parts, P, seed=SEED, device="cuda")
+        counter, out = torch.ones(1, dtype=torch.int64, device="cuda"), torch.empty_like(gate_up)
+
+        def call() -> None:
+            op.up_(d, glu.glu_forward(gate_up, "silu"), u, a, counter)
+            glu.glu_backward(d, gate_up, "silu", d_gate_up=out)
+
+        return call
+
+    def gate() -> None:
+        (d, gate_up, u, a), found = inputs(), []
+        counter = torch.ones(1, dtype=torch.int64, device="cuda")
+        ours, eager = (make(parts, P, seed=SEED, device="cuda") for make in (FusedLoRADropout, LoRADropout))
+        for op, dtype in ((ours, d.dtype), (eager, d.dtype), (eager, torch.float64)):
+            into, given = gate_up.to(dtype, copy=True), [x.to(dtype, copy=True) for x in (d, gate_up, u, a)]
+            d_a = op.up_glu(given[0], given[1], "silu", *given[2:], counter, d_gate_up=into).sum(1)
+            found.append({"d_gate_up": into, "dA": d_a})
+        assert_no_worse(*found)
+
+    moved = 5 * 2 * tokens * columns + 2 * ranks * (tokens + columns)
+    peers = {"eager": up_glu(LoRADropout), "passes": passes}
+    shape = f"GLU, down {tokens} x {columns}"
+    yield Case("lora_dropout", shape, "up", moved, gate, up_glu(FusedLoRADropout), peers, target=None)
 
 
 def scaling(rows: int, columns: int) -> Iterator[Case]:

@@ -5,7 +5,8 @@ product, so that
 
     dx = dy W, then += sum_i M_i (u_i A_i)          dA_i = u_i' (M_i x)          u = s dy B
 
-whose second half is one pass over x and dx. In evaluation mode it is `JoinedLoRA`.
+whose second half is one pass over x and dx. Where x is a GLU's product, that pass makes it from gate and up and leaves
+their gradient. In evaluation mode it is `JoinedLoRA`.
 
 DoRA: y = c z + b, z what is joined, c = m / |W + s B A| worked out at the start of each micro-batch (`scaled_rows`).
 Backward needs y, or makes z again with one more matmul, and writes dz = c dy over it, with the room behind that u
@@ -82,25 +83,33 @@ class JoinedDropout(JoinedLoRA):
         if not self.drops:
             return super().backward(d_out, x, kept, gradients, y=y, read=read)
         assert self.dropout is not None and kept is not None
-        rows, columns = self.weight.shape
         if read:
-            d_x = d_out @ self.grad_operands(d_out)[1][:rows]
+            d_x = d_out @ self.grad_operands(d_out)[1][: len(self.weight)]
         else:
             self.fill_grad_room(d_out)
             d_x = x.new_empty(x.shape)  # the gradients of A come out beside it
-        u, a_stack = widened(d_out, self.out_room)[:, rows:], self.joined[rows:, :columns]
-        partials = self.masked.up_(d_x, x, u, a_stack, self.dropout.counter)
+        partials = self.masked.up_(d_x, x, *self._masked_operands(d_out), self.dropout.counter)
+        self._weight_grads(partials, d_out, kept, gradients)
+        return d_x if read else None
+
+    def _masked_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        """u (T, R), where it is behind d_out already, and all A, stacked (R, in)."""
+        rows, columns = self.weight.shape
+        return widened(d_out, self.out_room)[:, rows:], self.joined[rows:, :columns]
+
+    def _weight_grads(self, partials: Tensor, d_out: Tensor, kept: Tensor, gradients: WeightGradients) -> None:
+        """The gradients of its parameters; `partials` (R, parts, in): of all A."""
         for block, (_, a, _) in zip(self.blocks, self.adapters(), strict=True):
             if a.requires_grad:
                 gradients.sum(a, partials[block.ranks], self.ops.reduce_partials)
-        none = [None] * len(self.blocks)
+        u, none = self._masked_operands(d_out)[0], [None] * len(self.blocks)
 
         def write(buffers: Sequence[Tensor | None], add: bool) -> None:
-            self.ops.lora_grads(d_out, u, x, kept, self.blocks, none, buffers, add=add)
+            # in x's place is what is at hand: it is read for dA alone
+            self.ops.lora_grads(d_out, u, d_out, kept, self.blocks, none, buffers, add=add)
 
         gradients.together([b for _, _, b in self.adapters()], write)
         self.bias_grad(d_out, gradients)
-        return d_x if read else None
 
     def glu_backward(
         self,
@@ -117,9 +126,12 @@ class JoinedDropout(JoinedLoRA):
         if not self.drops:
             super().glu_backward(d_out, gate_up, glu, product, kept, gradients, d_gate_up=d_gate_up, y=y)
             return
-        product = glu.matmul.glu_forward(gate_up, glu.activation) if product is None else product
-        d_product = self.backward(d_out, product, kept, gradients)
-        glu.matmul.glu_backward(d_product, gate_up, glu.activation, d_gate_up=d_gate_up)
+        assert self.dropout is not None and kept is not None
+        d_product = d_out @ self.grad_operands(d_out)[1][: len(self.weight)]
+        partials = self.masked.up_glu(
+            d_product, gate_up, glu.activation, *self._masked_operands(d_out), self.dropout.counter, d_gate_up=d_gate_up
+        )
+        self._weight_grads(partials, d_out, kept, gradients)
 
 
 class JoinedNF4Dropout(JoinedNF4LoRA, JoinedDropout):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from chronicals.kernels.glu import glu_backward, glu_forward
 from chronicals.kernels.philox import DROPOUT, philox4x32
 
 LANES = 8  # elements that share a call of Philox, 16 bits each
@@ -156,6 +157,33 @@ class LoRADropout:
             total = total + (u[:, rows] @ a[rows]).to(wide) * keep * self.factor
             partials[rows, 0] = (u[:, rows].t() @ (x * keep)).to(wide) * self.factor
         dx.copy_(total)
+        return partials
+
+    def up_glu(
+        self,
+        d: Tensor,
+        gate_up: Tensor,
+        activation: str,
+        u: Tensor,
+        a: Tensor,
+        counter: Tensor,
+        *,
+        d_gate_up: Tensor,
+    ) -> Tensor:
+        """`up_` where x is a GLU's product, and on through that GLU.
+
+        Args:
+            d: (T, K), as `up_` has dx; overwritten.
+            gate_up: (T, 2K), the GLU's input: gate, then up.
+            activation: the GLU's, see `glu`.
+            u, a, counter: as in `up_`.
+            d_gate_up: (T, 2K), written with the gradient of `gate_up`; may be `gate_up`.
+
+        Returns:
+            As `up_`.
+        """
+        partials = self.up_(d, glu_forward(gate_up, activation), u, a, counter)
+        glu_backward(d, gate_up, activation, d_gate_up=d_gate_up)
         return partials
 
     def _rows(self) -> list[tuple[Part, slice]]:

@@ -62,7 +62,7 @@ def _normal_distribution(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _activate(gate: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+def activate(gate: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     """The activation and its derivative, float32."""
     if ACTIVATION == "silu":
         sigmoid = tl.sigmoid(gate)
@@ -104,7 +104,7 @@ def glu_forward_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     row, cols, mask, gate, up = _load_gate_and_up(GATE_UP, width, gate_up_stride, BLOCK)
-    value, _ = _activate(gate, ACTIVATION)
+    value, _ = activate(gate, ACTIVATION)
     tl.store(OUT + row * out_stride + cols, (value * up).to(OUT.dtype.element_ty), mask=mask)
 
 
@@ -124,7 +124,7 @@ def glu_backward_kernel(
 ) -> None:
     row, cols, mask, gate, up = _load_gate_and_up(GATE_UP, width, gate_up_stride, BLOCK)
     d_out = tl.load(D_OUT + row * d_out_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    value, slope = _activate(gate, ACTIVATION)
+    value, slope = activate(gate, ACTIVATION)
     d_gate_at = D_GATE_UP + row * d_gate_up_stride + cols
     tl.store(d_gate_at, (d_out * up * slope).to(D_GATE_UP.dtype.element_ty), mask=mask)
     tl.store(d_gate_at + width, (d_out * value).to(D_GATE_UP.dtype.element_ty), mask=mask)

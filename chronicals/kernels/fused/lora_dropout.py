@@ -2,9 +2,10 @@
 
 The masks are those of `dropout_mask` (chronicals/kernels/lora.py), each adapter's its own. Forward reads x once for
 all adapters of a fused projection, backward reads x and dx once: dx takes what comes back through the adapters, and the
-gradients of all A come out in parts, from one run of Philox each. Integer instructions are what this is short of on
-fast memory (docs/math/lora.md counts them), so a call of Philox serves eight consecutive elements, and they are those
-that a thread has loaded.
+gradients of all A come out in parts, from one run of Philox each. Where x is a GLU's product, backward makes it again
+from gate and up and goes on through the GLU: neither product nor dx is written. Integer instructions are what this is
+short of on fast memory (docs/math/lora.md counts them), so a call of Philox serves eight consecutive elements, and they
+are those that a thread has loaded.
 
 Adapters go through a launch in pieces of at most `MOST_RANK` rows and `MOST_PIECES` pieces; ranks are padded to a power
 of two of at least 16 inside, for tensor cores. Nothing is atomic: the bits are the same every time on one kind of GPU.
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chronicals.kernels.fused.glu import activate, glu_backward, glu_forward
 from chronicals.kernels.fused.launch import balanced, device_limits
 from chronicals.kernels.fused.philox import philox
 from chronicals.kernels.lora import LANES, MOST_CALLS, LoRADropout, Part, threshold
@@ -31,6 +33,8 @@ MOST_RANK, MOST_PIECES, MOST_RANKS = 128, 3, 192  # of a piece; of a launch; pad
 DOWN_COLUMNS, UP_ROWS, UP_COLUMNS, STAGES = 64, 64, 32, 3
 FLOAT32_ROWS = 16  # whose products are exact, and therefore not tensor cores': right, and slow
 PROGRAMS = 3  # of a multiprocessor, in backward
+# through a GLU a thread of four warps would hold 214 registers; of eight, two programs fit, and several take turns
+GLU_WARPS, GLU_PROGRAMS = 8, 16
 
 _LANES, _DROPOUT = tl.constexpr(LANES), tl.constexpr(DROPOUT)
 
@@ -184,8 +188,9 @@ def _store_partial(
 
 @triton.jit
 def lora_dropout_up_kernel(
-    DX: tl.tensor,  # (tokens, columns), last stride 1, of any dtype: read and written
-    X: tl.tensor,  # (tokens, columns), last stride 1
+    DX: tl.tensor,  # (tokens, columns), last stride 1, of any dtype: read, and written where there is no ACTIVATION
+    X: tl.tensor,  # (tokens, columns), last stride 1; with an ACTIVATION (tokens, 2 columns): gate, then up
+    D_X: tl.tensor,  # with an ACTIVATION: of the shape of X, may be X, the gradient of gate and up; else None
     U: tl.tensor,  # (tokens, ranks), last stride 1
     A: tl.tensor,  # (ranks, columns), last stride 1
     PARTIAL: tl.tensor,  # (ranks, parts, columns) float32: of A's gradient
@@ -197,8 +202,10 @@ def lora_dropout_up_kernel(
     columns: tl.tensor,
     dx_stride: tl.tensor,
     x_stride: tl.tensor,
+    d_x_stride: tl.tensor,
     u_stride: tl.tensor,
     a_stride: tl.tensor,
+    ACTIVATION: tl.constexpr,  # None: X is x
     N_PIECES: tl.constexpr,
     RANK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -224,7 +231,12 @@ def lora_dropout_up_kernel(
     for begin in tl.range(tl.program_id(1) * ROWS, tokens, tl.num_programs(1) * ROWS, num_stages=STAGES):
         token = begin + tl.arange(0, ROWS)[:, None]
         mask = (token < tokens) & (column < columns)
-        x = tl.load(X + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0)
+        x_at = X + token.to(tl.int64) * x_stride + column
+        x = tl.load(x_at, mask=mask, other=0.0)
+        if ACTIVATION is not None:
+            up = tl.load(x_at + columns, mask=mask, other=0.0).to(tl.float32)
+            value, slope = activate(x.to(tl.float32), ACTIVATION)
+            x = (value * up).to(x.dtype)
         out = DX + token.to(tl.int64) * dx_stride + column
         given = tl.load(out, mask=mask, other=0.0).to(tl.float32)
         call = token * calls + first_call
@@ -240,7 +252,14 @@ def lora_dropout_up_kernel(
             d2, dx = _up(
                 d2, dx, x, a2, U, start2, rank2, stream2, limit2, call, token, tokens, counter, seed, u_stride, RANK
             )  # fmt: skip
-        tl.store(out, (given + dx * factor).to(DX.dtype.element_ty), mask=mask)
+        dx = (given + dx * factor).to(DX.dtype.element_ty)
+        if ACTIVATION is None:
+            tl.store(out, dx, mask=mask)
+        else:
+            d = dx.to(tl.float32)
+            gate_at = D_X + token.to(tl.int64) * d_x_stride + column
+            tl.store(gate_at, (d * up * slope).to(D_X.dtype.element_ty), mask=mask)
+            tl.store(gate_at + columns, (d * value).to(D_X.dtype.element_ty), mask=mask)
     _store_partial(d0 * factor, PARTIAL, start0, rank0, column, columns, RANK)
     if N_PIECES > 1:
         _store_partial(d1 * factor, PARTIAL, start1, rank1, column, columns, RANK)
@@ -258,7 +277,7 @@ class FusedLoRADropout(LoRADropout):
 
     def down(self, x: Tensor, a: Tensor, counter: Tensor, *, out: Tensor) -> Tensor:
         tokens, columns = x.shape
-        _check(x, a, counter)
+        _check(x, x, a, counter)
         assert out.shape == (tokens, a.shape[0])
         assert out.stride(1) == 1
         rows = FLOAT32_ROWS if x.dtype == torch.float32 else down_rows(tokens, x.device)
@@ -272,26 +291,65 @@ class FusedLoRADropout(LoRADropout):
         return out
 
     def up_(self, dx: Tensor, x: Tensor, u: Tensor, a: Tensor, counter: Tensor) -> Tensor:
-        tokens, columns = x.shape
-        _check(x, a, counter)
-        assert dx.shape == x.shape and u.shape == (tokens, a.shape[0])
-        assert dx.dtype == u.dtype == x.dtype
-        assert dx.stride(1) == u.stride(1) == 1
-        strips = triton.cdiv(columns, UP_COLUMNS)
-        rows = FLOAT32_ROWS if x.dtype == torch.float32 else UP_ROWS
-        parts = up_parts(tokens, columns, x.device)
-        partials = torch.empty(a.shape[0], parts, columns, dtype=torch.float32, device=x.device)
+        assert dx.shape == x.shape
+        partials = self._partials(x, a, PROGRAMS)
         total = dx.float() if len(self._launches) > 1 else dx  # is rounded once, however many add to it
         for launch in self._launches:
-            lora_dropout_up_kernel[(strips, parts)](
-                total, x, u, a, partials, launch.pieces, self._seed, counter, self.factor,
-                tokens, columns, total.stride(0), x.stride(0), u.stride(0), a.stride(0),
-                N_PIECES=launch.count, RANK=launch.rank, ALIGNED=launch.aligned,
-                ROWS=rows, COLUMNS=UP_COLUMNS, STAGES=STAGES, num_warps=launch.warps,
-            )  # fmt: skip
+            self._up(launch, total, x, None, u, a, partials, counter, None)
         if total is not dx:
             dx.copy_(total)
         return partials
+
+    def up_glu(
+        self,
+        d: Tensor,
+        gate_up: Tensor,
+        activation: str,
+        u: Tensor,
+        a: Tensor,
+        counter: Tensor,
+        *,
+        d_gate_up: Tensor,
+    ) -> Tensor:
+        if len(self._launches) > 1:  # d is whole behind the last alone
+            partials = self.up_(d, glu_forward(gate_up, activation), u, a, counter)
+            glu_backward(d, gate_up, activation, d_gate_up=d_gate_up)
+            return partials
+        assert d_gate_up.shape == gate_up.shape == (len(d), 2 * d.shape[1])
+        assert d_gate_up.dtype == gate_up.dtype and d_gate_up.stride(1) == 1
+        partials = self._partials(d, a, GLU_PROGRAMS)
+        self._up(self._launches[0], d, gate_up, d_gate_up, u, a, partials, counter, activation)
+        return partials
+
+    def _partials(self, x: Tensor, a: Tensor, programs: int) -> Tensor:
+        tokens, columns = x.shape
+        parts = up_parts(tokens, columns, x.device, programs)
+        return torch.empty(a.shape[0], parts, columns, dtype=torch.float32, device=x.device)
+
+    def _up(
+        self,
+        launch: _Launch,
+        dx: Tensor,
+        x: Tensor,
+        d_x: Tensor | None,
+        u: Tensor,
+        a: Tensor,
+        partials: Tensor,
+        counter: Tensor,
+        activation: str | None,
+    ) -> None:
+        tokens, columns = dx.shape
+        _check(dx, x, a, counter)
+        assert u.shape == (tokens, a.shape[0])
+        assert u.dtype == x.dtype
+        assert dx.stride(1) == u.stride(1) == 1
+        rows = FLOAT32_ROWS if x.dtype == torch.float32 else UP_ROWS
+        lora_dropout_up_kernel[(triton.cdiv(columns, UP_COLUMNS), partials.shape[1])](
+            dx, x, d_x, u, a, partials, launch.pieces, self._seed, counter, self.factor,
+            tokens, columns, dx.stride(0), x.stride(0), 0 if d_x is None else d_x.stride(0), u.stride(0), a.stride(0),
+            ACTIVATION=activation, N_PIECES=launch.count, RANK=launch.rank, ALIGNED=launch.aligned,
+            ROWS=rows, COLUMNS=UP_COLUMNS, STAGES=STAGES, num_warps=GLU_WARPS if activation else launch.warps,
+        )  # fmt: skip
 
 
 class _Launch:
@@ -339,14 +397,17 @@ def down_rows(tokens: int, device: torch.device) -> int:
     return next((rows for rows in (64, 32) if triton.cdiv(tokens, rows) >= device_limits(device)[0]), 16)
 
 
-def up_parts(tokens: int, columns: int, device: torch.device) -> int:
-    """Programs that share a strip of columns, each of which leaves a part of the gradients."""
-    most = PROGRAMS * device_limits(device)[0] // triton.cdiv(columns, UP_COLUMNS)
+def up_parts(tokens: int, columns: int, device: torch.device, programs: int) -> int:
+    """Programs that share a strip of columns, each of which leaves a part of the gradients; `programs` of a
+    multiprocessor."""
+    most = programs * device_limits(device)[0] // triton.cdiv(columns, UP_COLUMNS)
     return balanced(triton.cdiv(tokens, UP_ROWS), max(1, most))
 
 
-def _check(x: Tensor, a: Tensor, counter: Tensor) -> None:
-    tokens, columns = x.shape
+def _check(like: Tensor, x: Tensor, a: Tensor, counter: Tensor) -> None:
+    """`like`: of the shape of what is masked."""
+    tokens, columns = like.shape
+    assert len(x) == tokens
     assert a.shape[1] == columns
     assert x.dtype == a.dtype
     assert x.stride(1) == a.stride(1) == 1

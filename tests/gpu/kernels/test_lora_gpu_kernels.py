@@ -111,6 +111,32 @@ def test_dropout_both_halves(dtype: torch.dtype, shape: tuple[int, int, list[Par
     assert torch.equal(ours.up_(again, x, u, a, counter()), partials) and torch.equal(again, dx)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 896, QKV[:1]), (777, 144, ODD), (2049, 4864, QKV[:1]), (512, 896, QKV)], ids=str)
+def test_dropout_backward_through_a_glu(
+    dtype: torch.dtype, activation: str, shape: tuple[int, int, list[Part]]
+) -> None:
+    tokens, columns, parts = shape
+    rank = sum(part.rank for part in parts)
+    sizes = ((tokens, 2 * columns), (tokens, columns), (rank, columns), (tokens, rank))
+    gate_up, d, a, u = (random(*size, dtype=dtype) for size in sizes)
+    a.mul_(columns**-0.5)
+    ours, plain = (make(parts, 0.1, seed=SEED, device="cuda") for make in (FusedLoRADropout, LoRADropout))
+    d_exact, d_eager, d_again = gate_up.double(), gate_up.clone(), torch.full_like(gate_up, float("nan"))
+
+    def up_glu(op: LoRADropout, into: Tensor) -> Tensor:
+        given = [x.to(into.dtype) for x in (d, gate_up, u, a)]
+        return op.up_glu(given[0].clone(), given[1], activation, *given[2:], counter(), d_gate_up=into)
+
+    exact, eager = up_glu(plain, d_exact).sum(1), up_glu(plain, d_eager).sum(1)
+    partials = up_glu(ours, d_again)
+    assert torch.equal(ours.up_glu(d.clone(), gate_up, activation, u, a, counter(), d_gate_up=gate_up), partials)
+    assert torch.equal(gate_up, d_again)
+    assert relative_error(gate_up, d_exact) <= 1.05 * relative_error(d_eager, d_exact) + 1e-6
+    assert relative_error(partials.sum(1), exact) <= 1.05 * relative_error(eager, exact) + 1e-6
+
+
 def test_dropout_under_a_graph_follows_the_counter() -> None:
     """Backward draws the masks of its forward, the next micro-batch others."""
     ours, now = FusedLoRADropout(QKV, 0.1, seed=SEED, device="cuda"), counter()

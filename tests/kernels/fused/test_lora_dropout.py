@@ -46,23 +46,30 @@ def test_down(pieces: int, rank: int, rows: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "rank", "rows", "kind", "dx"),
+    ("pieces", "rank", "rows", "kind", "dx", "activation"),
     [
-        (1, 32, fused.UP_ROWS, "*bf16", "*bf16"),
-        (3, 64, fused.UP_ROWS, "*bf16", "*bf16"),
-        (3, 64, fused.UP_ROWS, "*bf16", "*fp32"),  # of several launches
-        (1, 128, fused.UP_ROWS, "*bf16", "*fp32"),
-        (3, 16, fused.FLOAT32_ROWS, "*fp32", "*fp32"),
+        (1, 32, fused.UP_ROWS, "*bf16", "*bf16", None),
+        (3, 64, fused.UP_ROWS, "*bf16", "*bf16", None),
+        (3, 64, fused.UP_ROWS, "*bf16", "*fp32", None),  # of several launches
+        (1, 128, fused.UP_ROWS, "*bf16", "*fp32", None),
+        (3, 16, fused.FLOAT32_ROWS, "*fp32", "*fp32", None),
+        (1, 32, fused.UP_ROWS, "*bf16", "*bf16", "silu"),
+        (1, 128, fused.UP_ROWS, "*bf16", "*bf16", "gelu"),
+        (3, 64, fused.UP_ROWS, "*fp16", "*fp16", "gelu_tanh"),
+        (1, 32, fused.FLOAT32_ROWS, "*fp32", "*fp32", "gelu"),
     ],
 )
-def test_up(pieces: int, rank: int, rows: int, kind: str, dx: str) -> None:
+def test_up(pieces: int, rank: int, rows: int, kind: str, dx: str, activation: str | None) -> None:
+    through = {"ACTIVATION": activation} | ({} if activation else {"D_X": None, "d_x_stride": 0})
     compiled = compile_all(
         fused.lora_dropout_up_kernel,
-        signature(kind, "dx_stride", "u_stride") | {"DX": dx, "U": kind, "PARTIAL": "*fp32", "factor": "fp32"},
-        constexprs(pieces, rank, rows, fused.UP_COLUMNS),
-        num_warps=fused.warps(rank),
+        signature(kind, "dx_stride", "u_stride")
+        | {"DX": dx, "U": kind, "PARTIAL": "*fp32", "factor": "fp32"}
+        | ({"D_X": kind, "d_x_stride": "i32:16"} if activation else {}),
+        constexprs(pieces, rank, rows, fused.UP_COLUMNS) | through,
+        num_warps=fused.GLU_WARPS if activation else fused.warps(rank),
         targets=TARGETS if pieces == 1 and rank == 32 else EXTREMES,
     )
-    if pieces == 1 and rank == 32:
+    if pieces == 1 and kind == "*bf16" and rank == 32:
         assert compiled["sm_90"].stack == 0
         assert "ld.global.b16" not in compiled["sm_90"].assembly

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from chronicals.kernels.fused import lora_dropout as fused
+from chronicals.kernels.fused.glu import glu_forward
 from chronicals.kernels.lora import LoRADropout, Part, dropout_mask
 from tests.kernels.numerics import relative_error
 
@@ -66,6 +67,35 @@ def test_both_halves(size: tuple[int, int], count: int, dtype: torch.dtype) -> N
     assert torch.equal(ours.up_(again, x, u, a, COUNTER), parts_of_a) and torch.equal(again, dx)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("most", [fused.MOST_RANKS, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_up_through_a_glu(
+    monkeypatch: pytest.MonkeyPatch, activation: str, in_place: bool, most: int, dtype: torch.dtype
+) -> None:
+    """In one launch, and where it takes several; the product's bits are those of the GLU's own pass."""
+    monkeypatch.setattr(fused, "MOST_RANKS", most)
+    (tokens, columns), parts = (37, 80), PARTS[:2]
+    gate_up, d, a, u = (
+        inside(torch.randn(size).to(dtype))
+        for size in ((tokens, 2 * columns), (tokens, columns), (11, columns), (tokens, 11))
+    )
+    ours, plain = pair(parts, 0.3)
+    assert len(fused.in_launches(parts)) == (2 if most == 16 else 1)
+    d_exact, d_eager = gate_up.double(), gate_up.clone()
+    exact = plain.up_glu(d.double(), gate_up.double(), activation, u.double(), a.double(), COUNTER, d_gate_up=d_exact)
+    eager = plain.up_glu(d.clone(), gate_up, activation, u, a, COUNTER, d_gate_up=d_eager)
+    passes, d_passes = glu_forward(gate_up, activation), d.clone()
+    partials_of_passes = ours.up_(d_passes, passes, u, a, COUNTER)
+
+    d_gate_up = gate_up if in_place else inside(torch.full_like(gate_up, float("nan")))
+    partials = ours.up_glu(d, gate_up, activation, u, a, COUNTER, d_gate_up=d_gate_up)
+    assert relative_error(partials.sum(1), partials_of_passes.sum(1)) < 1e-6  # of the same product, rounded
+    assert relative_error(partials.sum(1), exact.sum(1)) <= 1.05 * relative_error(eager.sum(1), exact.sum(1)) + 1e-6
+    assert relative_error(d_gate_up, d_exact) <= 1.05 * relative_error(d_eager, d_exact) + 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_high_ranks_go_in_pieces(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """In several launches, of which dx is rounded once."""
@@ -92,3 +122,5 @@ def test_no_tokens() -> None:
     x, a, u = torch.empty(0, 64), torch.randn(8, 64), torch.empty(0, 8)
     ours.down(x, a, COUNTER, out=torch.empty(0, 8))
     assert (ours.up_(x.clone(), x, u, a, COUNTER).sum(1) == 0).all()
+    gate_up = torch.empty(0, 128)
+    assert (ours.up_glu(x.clone(), gate_up, "silu", u, a, COUNTER, d_gate_up=gate_up).sum(1) == 0).all()
