@@ -133,8 +133,10 @@ def verify(model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder 
     from rich.console import Console
 
     from chronicals.commands.verify import verify
+    from chronicals.train.precision import out_of_memory_explained
 
-    report = verify(model)
+    with out_of_memory_explained("verify where there is room for the model and its gradients in float32, twice"):
+        report = verify(model)
     report.print(Console())
     return DONE if report.passed else PAST_TOLERANCE
 
@@ -149,8 +151,10 @@ def merge(
 ) -> int:
     """Merge an adapter into its base model, and prove that nothing changed."""
     from chronicals.commands.merge import merge
+    from chronicals.train.precision import out_of_memory_explained
 
-    report = merge(adapter, out, base=base, device=device, dtype=dtype)
+    with out_of_memory_explained("merge where there is room for the whole model, or name another --device"):
+        report = merge(adapter, out, base=base, device=device, dtype=dtype)
     typer.echo(report.line if report.passed else f"error: {report.line}", err=not report.passed)
     if report.passed:
         typer.echo(f"wrote {out}. Next: chronicals chat {out}")

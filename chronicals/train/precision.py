@@ -113,20 +113,22 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
+NEED_LESS = (  # the free ways first
+    "halve micro_batch_size and double gradient_accumulation_steps, which trains the same; "
+    "or set recompute: full, or a shorter sequence_len"
+)
+
+
 @contextmanager
-def out_of_memory_explained() -> Iterator[None]:
-    """Memory that ran full is something the user can mend: UserError with ways to need less, the free ones first."""
+def out_of_memory_explained(mend: str = NEED_LESS) -> Iterator[None]:
+    """Memory that ran full is something the user can mend: UserError."""
     try:
         yield
     except RuntimeError as error:
         on_gpu = isinstance(error, torch.OutOfMemoryError)
         if not on_gpu and "DefaultCPUAllocator" not in str(error):  # for which torch has no class
             raise
-        raise UserError(
-            "the GPU is out of memory" if on_gpu else "the machine is out of memory",
-            "halve micro_batch_size and double gradient_accumulation_steps, which trains the same; "
-            "or set recompute: full, or a shorter sequence_len",
-        ) from error
+        raise UserError(f"the {'GPU' if on_gpu else 'machine'} is out of memory", mend) from error
 
 
 @contextmanager

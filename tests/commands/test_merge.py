@@ -297,6 +297,20 @@ def test_what_cannot_be_merged(user: Path, capsys: pytest.CaptureFixture[str]) -
     assert merge("adapter", Path("out"), base="base").passed
 
 
+def test_a_machine_without_the_room(
+    user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("chronicals.models.hf.load_model", full)
+    assert run(["merge", "adapter", "--out", "merged"]) == 2
+    assert capsys.readouterr().err == (
+        "error: the machine is out of memory; merge where there is room for the whole model, or name another --device\n"
+    )
+    assert nothing_is_left(user)
+
+
 def test_an_empty_folder_is_a_place_too(user: Path) -> None:
     (user / "out").mkdir()
     assert merge("adapter", Path("out")).passed
