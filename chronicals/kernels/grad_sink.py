@@ -4,15 +4,15 @@ Whoever computes a weight gradient by hand (projections, norms, the loss head) a
 until a trainer sets another:
 
     buffer, add = sink.open(parameter)
-    matmul_into(buffer, add, d_out.t(), x)      # or vector_into
+    matmul_into(buffer, add, d_out.t(), x)
     return sink.close(parameter, buffer)        # what the autograd function returns for the parameter
 
 A layer half has several weights, frozen ones among them: it writes them through one `WeightGradients`. The gradients
 of vectors, norms' weights and biases, are sums over all rows: kernels leave them in parts (see `Stack`).
 
-`InPlace` writes float32 or bf16 buffers directly: a float32 gradient cannot live in the `.grad` of a bf16 parameter,
-and nothing is copied or zeroed. `Autograd` returns the gradient, so that the hooks of DDP and FSDP2 fire; under
-`InPlace` they fire too, with None, and each rank would train alone without a word. Hence it is refused there.
+`InPlace` writes float32 or 16-bit buffers directly: a float32 gradient cannot live in the `.grad` of a 16-bit
+parameter, and nothing is copied or zeroed. `Autograd` returns the gradient, so that the hooks of DDP and FSDP2 fire;
+under `InPlace` they fire too, with None, and each rank would train alone without a word. Hence it is refused there.
 Nothing may drain, check or count gradients in a parameter hook under `InPlace`: read the buffers.
 """
 
@@ -134,7 +134,9 @@ class InPlace:
         """Adds up the parts that came in this micro-batch; `reduce` is the ops' `reduce_partials`."""
         for stack in self._waiting:
             assert stack.partials is not None
-            assert self.written.issuperset(stack.places), "a vector without parts would get those of an earlier one"
+            for parameter, place in stack.places.items():
+                if parameter not in self.written:  # no gradient reached it: zero, not the parts of an earlier one
+                    stack.partials[place].zero_()
             reduce(stack.partials, stack.out.dtype, out=stack.out, add=self.accumulate)
         self._waiting.clear()
 
@@ -184,11 +186,6 @@ def matmul_into(buffer: Tensor, add: bool, left: Tensor, right: Tensor) -> None:
         torch.addmm(buffer, left, right, out_dtype=buffer.dtype, out=buffer)
     else:
         torch.mm(left, right, out_dtype=buffer.dtype, out=buffer)
-
-
-def vector_into(buffer: Tensor, add: bool, gradient: Tensor) -> None:
-    """`buffer = gradient`, or `+=` where `add`; `gradient` was reduced in float32."""
-    buffer.add_(gradient) if add else buffer.copy_(gradient)
 
 
 class WeightGradients:

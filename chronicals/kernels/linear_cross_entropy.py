@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from chronicals.kernels.grad_sink import GradSink, vector_into
+from chronicals.kernels.grad_sink import GradSink
 
 IGNORE_INDEX = -100
 CHUNK_ROWS = 4096
@@ -161,7 +161,7 @@ def _hand_over(dweight: Tensor | None, weight: Tensor, sink: GradSink | None) ->
         dweight = dweight.to(weight.dtype)
         return dweight, dweight
     buffer, add = sink.open(weight)
-    vector_into(buffer, add, dweight)
+    buffer.add_(dweight) if add else buffer.copy_(dweight)
     return buffer, sink.close(weight, buffer)
 
 

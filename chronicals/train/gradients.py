@@ -66,7 +66,7 @@ class Gradients:
         for names in roles.values():
             starts = [self.buffers[name].storage_offset() for name in names]
             distances = {b - a for a, b in itertools.pairwise(starts)} or {0}
-            if len(distances) == 1:  # else some layers are frozen in part, and each vector is added up alone
+            if len(distances) == 1:  # else layers differ (frozen in part, other ranks): each vector is added up alone
                 out = flat.as_strided((len(names), self.buffers[names[0]].numel()), (distances.pop(), 1), starts[0])
                 stacks.append(Stack([self._parameters[name] for name in names], out))
         return stacks

@@ -73,10 +73,9 @@ class StaticBatch:
 
     def __init__(self, like: PackedBatch, device: torch.device) -> None:
         total = len(like.tokens)
-        self._fields = [f.name for f in fields(like) if isinstance(getattr(like, f.name), Tensor)]
         offsets: list[tuple[str, int, int, torch.dtype]] = []
         end = 0
-        for name in self._fields:
+        for name in (f.name for f in fields(like) if isinstance(getattr(like, f.name), Tensor)):
             tensor = getattr(like, name)
             count = total if name in ("target_rows", "targets") else len(tensor)
             offsets.append((name, end, count, tensor.dtype))

@@ -10,10 +10,11 @@ It watches, at every step:
   learning in earnest: at a tenth of the peak learning rate or more, as the last steps of a decay to zero rightly round
   to nothing in a weight of 1.
 
-Its state lives on the device and is read by `check()` alone, at logged steps and before checkpoints: between them it
-costs no synchronisation. Tensors are watched and named as Hugging Face checkpoints name them, so a dead `k_proj` is
-seen inside a fused qkv weight. Left out: windows without a supervised token (the loader raises GuardError before the
-step), and single rows of an embedding (a row that no token used has no gradient, and should not).
+Its state lives on the device and costs no synchronisation: at logged steps its `flags` are copied to the host while the
+next step runs, and then judged; `check`, before checkpoints and at the end, waits for them. Tensors are watched and
+named as Hugging Face checkpoints name them, so a dead `k_proj` is seen inside a fused qkv weight. Left out: windows
+without a supervised token (the loader raises GuardError before the step), and single rows of an embedding (a row that
+no token used has no gradient, and should not).
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from chronicals.kernels.grad_sink import (
     Stack,
     WeightGradients,
     matmul_into,
-    vector_into,
 )
 from tests.kernels.numerics import nan_filled_memory, relative_error
 
@@ -38,7 +37,8 @@ class Linear(torch.autograd.Function):
         matmul_into(buffer, add, dy.t(), x)
         d_weight = ctx.sink.close(weight, buffer)
         buffer, add = ctx.sink.open(bias)
-        vector_into(buffer, add, dy.float().sum(0))
+        d_bias = dy.float().sum(0)
+        buffer.add_(d_bias) if add else buffer.copy_(d_bias)
         return dy @ weight, d_weight, ctx.sink.close(bias, buffer), None
 
 
@@ -127,8 +127,20 @@ def test_vectors_that_are_added_up_together_have_equally_many_parts() -> None:
     sink.partials(vectors[0], 2)
     with pytest.raises(AssertionError, match="5 parts of a vector, and another number of one of its like"):
         sink.partials(vectors[1], 5)
-    with pytest.raises(AssertionError, match="a vector without parts would get those of an earlier one"):
+
+
+def test_a_vector_that_no_gradient_reached_gets_zero_and_not_the_parts_of_an_earlier_one() -> None:
+    vectors = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    out = torch.zeros(2, 3)
+    sink = InPlace(dict(zip(vectors, out, strict=True)), accumulate=False, stacks=[Stack(vectors, out)])
+    for reached in (vectors, vectors[:1]):
+        sink.start()
+        for vector in reached:
+            place = sink.partials(vector, 2)
+            assert place is not None
+            place.fill_(1.0)
         sink.finish(reduce_partials)
+    assert out.tolist() == [[2.0] * 3, [0.0] * 3]
 
 
 def test_scratch_is_room_of_gradients_that_come_later() -> None:
@@ -158,7 +170,7 @@ def test_gradients_written_together(accumulate: bool) -> None:
     def write(buffers: Sequence[Tensor | None], add: bool) -> None:
         for buffer, value in zip(buffers, values, strict=True):
             if buffer is not None:
-                vector_into(buffer, add, value)
+                buffer.add_(value) if add else buffer.copy_(value)
 
     sink = InPlace({parameter: torch.zeros_like(parameter) for parameter in parameters}, accumulate=accumulate)
     for times in (1, 2):
