@@ -210,6 +210,8 @@ UNSUPPORTED: dict[str, str] = {
     otel_metrics_host otel_metrics_port overrides_of_model_config overrides_of_model_kwargs pad_to_multiple_of peft
     peft_autocast_adapter_dtype peft_layer_replication
     peft_trainable_token_indices plugins
+    alora_invocation_tokens arrow_config corda_config eva_config fan_in_fan_out layer_replication loftq_config
+    target_parameters trainable_token_indices use_bdlora use_qalora
     pose_max_context_len pose_num_chunks pose_split_on_token_ids precompute_ref_log_probs preprocess_iterable
     pretrain_multipack_attn pretrain_multipack_buffer_size pretraining_sample_concatenation process_reward_model
     processor_kwargs processor_type profiler_steps profiler_steps_start push_dataset_to_hub qat

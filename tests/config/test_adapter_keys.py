@@ -88,6 +88,7 @@ ERRORS = [
     ),
     ("adapter: qlora\nbnb_config_kwargs: {bnb_4bit_quant: nf4}", "c.yaml:5: unknown key 'bnb_4bit_quant'; did you"),
     ("load_in_8bit: true", "c.yaml:4: load_in_8bit is known but not supported; use load_in_4bit, which is half as"),
+    ("trainable_token_indices: [1]", "c.yaml:4: trainable_token_indices is known but not supported; remove it, or set"),
     ("adapter: lora\nlora_dropout: 1.0", "c.yaml:5: lora_dropout must be a number of at least 0 and below 1, not 1.0"),
     ("adapter: lora\nbias: some", "c.yaml:5: bias must be one of none, all, lora_only, not 'some'"),
     *(
