@@ -62,8 +62,7 @@ gpu-test: $(STAMP)
 endif
 
 bench: $(STAMP)
-	@for file in $$(ls benchmarks/*.py 2>/dev/null | grep -v -e __init__ -e startup); do \
-	  module=benchmarks.$$(basename $$file .py); echo "== python -m $$module"; $(BIN)/python -m $$module || exit 1; done
+	$(BIN)/python -m benchmarks.packing
 ifneq ($(GPU),)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/chronicals bench kernels

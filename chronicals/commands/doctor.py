@@ -179,14 +179,14 @@ def _triton(facts: Facts) -> Check:
 
 
 def _attention(facts: Facts) -> Check:
-    by_document = "scaled_dot_product_attention, one document at a time"
     if not facts.gpus:
-        return Check("attention", "ok", by_document)
+        return Check("attention", "ok", "torch's flash attention for CPUs")
     if not facts.varlen_attention:
         return Check("attention", "fail", "torch has no varlen_attn", "pip install --upgrade 'torch>=2.11'")
     capability = max(gpu.capability for gpu in facts.gpus)
     if capability < (8, 0):
-        return Check("attention", "warn", by_document, "FlashAttention needs capability 8.0: expect less speed")
+        found = "scaled_dot_product_attention, one document at a time"
+        return Check("attention", "warn", found, "FlashAttention needs capability 8.0: expect less speed")
     if capability[0] in (9, 10):  # what FlashAttention-4 is used for
         if facts.flash_attention:
             return Check("attention", "ok", f"FlashAttention-4 {facts.flash_attention}")
