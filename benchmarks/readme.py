@@ -201,12 +201,13 @@ def step_row(work: str, name: str, section: Mapping[str, Any]) -> list[str]:
 
 STEP_HEAD = ["", "tokens/s", "x best peer", "MFU", "GiB", "first step, s", "loss", "gradient norm"]
 STEP_NOTE = (
-    "Tokens/s: median (least to most) of steps, real tokens only; every arm in a process of its own, "
-    "on the same weights, batches and recipe, after a gate on loss, gradients and moved weights. *MFU*: model FLOPs "
-    "(6 a matrix element and token, 4 where it is frozen, 7 halves of a causal attention matmul; nothing recomputed "
-    "counts) over the GPU's "
-    "data sheet / over the rate of an 8192^3 matmul in the same run. *GiB* at the peak: tensors / reserved by the "
-    "allocator / in use on the device. *First step*: seconds from process start, nothing compiled yet / on warm caches."
+    "Tokens/s: median (least to most) of steps, real tokens only; every arm in a process of its own, on the same "
+    "weights, batches and recipe, after a gate on loss, gradients and moved weights. *x best peer*: over the quickest "
+    "peer of the same precision; empty where there is none, or where one seen to be quicker lacks a number. *MFU*: "
+    "model FLOPs (6 a matrix element and token, 4 where it is frozen, 7 halves of a causal attention matmul; nothing "
+    "recomputed counts) over the GPU's data sheet / over the rate of an 8192^3 matmul in the same run. *GiB* at the "
+    "peak: tensors / reserved by the allocator / in use on the device. *First step*: seconds from process start, "
+    "nothing compiled yet / on warm caches."
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from chronicals import cli
@@ -57,10 +58,12 @@ def test_the_first_run_of_the_readme_runs_as_it_stands(user: Path, capsys: pytes
     assert (user / "outputs" / "chats" / "report.html").is_file()
 
 
-def test_the_yaml_of_the_readme_is_a_job(tmp_path: Path) -> None:
-    (text,) = blocks(ROOT / "README.md", "yaml")
-    (tmp_path / "job.yaml").write_text(text)
-    assert TrainConfig.load(tmp_path / "job.yaml").notes == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_yaml_is_a_job_or_a_part_of_one(page: Path, tmp_path: Path) -> None:
+    for text in blocks(page, "yaml"):
+        part = {"base_model": "model", "datasets": [{"path": "chats.jsonl"}]} if page.name != "README.md" else {}
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(part | yaml.safe_load(text)))
+        assert TrainConfig.load(tmp_path / "job.yaml").notes == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -77,9 +80,20 @@ def test_the_commands_parse(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    broken = []
+    for link in (link for link in links if "://" not in link):
+        path, _, heading = link.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (heading and heading not in headings(file)):
+            broken.append(link)
     assert broken == []
+
+
+def headings(page: Path) -> set[str]:
+    """The names under which links reach a page's headings."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
 def test_the_exit_codes_are_listed() -> None:
