@@ -6,7 +6,6 @@ python -m benchmarks.lora_training.report --write-docs    brings them up to date
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lora_training import gsm8k, plus
+from benchmarks.pages import between, keep
 from benchmarks.readme import measured_on, table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "guide" / "lora.md"
@@ -105,26 +105,16 @@ def filled(page: str) -> str:
     for name, (module, render) in PARTS.items():
         file = module.RESULTS
         content = render(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else ""
-        begin, end = BEGIN.format(name), END.format(name)
-        before, rest = page.split(begin)
-        inside = f"\n\n{content}\n\n" if content else "\n"
-        page = f"{before}{begin}{inside}{end}{rest.split(end)[1]}"
+        page = between(page, BEGIN.format(name), END.format(name), content)
     return page
 
 
+def generated() -> dict[Path, str]:
+    return {PAGE: filled(PAGE.read_text(encoding="utf-8"))}
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.lora_training.report", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--write-docs", action="store_true")
-    options = parser.parse_args(argv)
-    page = PAGE.read_text(encoding="utf-8")
-    stale = filled(page) != page
-    if stale and options.write_docs:
-        PAGE.write_text(filled(page), encoding="utf-8")
-    if stale:
-        print(f"{PAGE.name} {'written' if options.write_docs else 'is out of date: --write-docs'}")
-    return int(stale and not options.write_docs)
+    return keep("benchmarks.lora_training.report", __doc__ or "", generated, argv)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ python -m benchmarks.precision.report --write-docs    brings them up to date
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import between, keep
 from benchmarks.precision import curve, run
 from benchmarks.precision.arms import MASTERS
 from benchmarks.readme import measured_on, table
@@ -63,23 +63,15 @@ def filled(page: str) -> str:
         for file, render in ((run.RESULTS, formats), (curve.RESULTS, distance))
         if file.is_file()
     ]
-    before, rest = page.split(BEGIN)
-    content = "\n\n".join(parts)
-    inside = f"\n\n{content}\n\n" if content else "\n"
-    return f"{before}{BEGIN}{inside}{END}{rest.split(END)[1]}"
+    return between(page, BEGIN, END, "\n\n".join(parts))
+
+
+def generated() -> dict[Path, str]:
+    return {PAGE: filled(PAGE.read_text(encoding="utf-8"))}
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.precision.report", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write-docs", action="store_true")
-    options = parser.parse_args(argv)
-    page = PAGE.read_text(encoding="utf-8")
-    stale = filled(page) != page
-    if stale and options.write_docs:
-        PAGE.write_text(filled(page), encoding="utf-8")
-    if stale:
-        print(f"{PAGE.name} {'written' if options.write_docs else 'is out of date: --write-docs'}")
-    return int(stale and not options.write_docs)
+    return keep("benchmarks.precision.report", __doc__ or "", generated, argv)
 
 
 if __name__ == "__main__":
