@@ -7,8 +7,10 @@ code 3).
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -40,3 +42,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     ("lora_beta", "lora_bias")."""
     cutoff = 0.8 if len(name) > 4 else 0.75  # of four letters, two that are swapped
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def read_json(file: Path, mend: str) -> Any:
+    """What a file holds. Raises UserError, with `mend`, where it is not JSON; FileNotFoundError where there is none."""
+    try:
+        return json.loads(file.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"this is not JSON ({error})", mend, file=file) from error

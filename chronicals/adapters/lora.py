@@ -35,6 +35,11 @@ Names = tuple[str, ...] | str
 PROJECTIONS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # of a layer, as we fuse them
 
 
+def as_names(value: list[str] | str | None) -> Names:
+    """From YAML or JSON."""
+    return value if isinstance(value, str) else tuple(value or ())
+
+
 @dataclass(frozen=True)
 class LoRA:
     """What is added to which projections, under the names of PEFT's `LoraConfig` where they differ.

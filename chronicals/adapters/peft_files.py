@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chronicals.adapters.lora import LoRA, Names, adapter_tensors, add_lora, all_linear, check_targets
+from chronicals.adapters.lora import LoRA, Names, adapter_tensors, add_lora, all_linear, as_names, check_targets
 from chronicals.adapters.saved import saved_tensors, take_out
-from chronicals.errors import UserError
+from chronicals.errors import UserError, read_json
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import PEFT_PREFIX, fsync
@@ -85,11 +85,9 @@ def read_lora(folder: Path, config: ModelConfig) -> LoRA:
     """
     file = folder / CONFIG_FILE
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file, "download it again")
     except FileNotFoundError:
         raise UserError(f"there is no {CONFIG_FILE}", "give a folder that PEFT saved", file=file) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"this is not JSON ({error})", "download it again", file=file) from error
     if not isinstance(data, dict) or data.get("peft_type") != "LORA" or "r" not in data or "lora_alpha" not in data:
         raise UserError("this is not the configuration of a LoRA adapter", "give a LoRA adapter", file=file)
     for key, plain in _PLAIN.items():
@@ -118,7 +116,7 @@ def read_lora(folder: Path, config: ModelConfig) -> LoRA:
             alpha_pattern=data.get("alpha_pattern") or {},
             layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
             layers_pattern=tuple(_as_list(data.get("layers_pattern"))),
-            exclude_modules=_names(data.get("exclude_modules")),
+            exclude_modules=as_names(data.get("exclude_modules")),
             dropout=data.get("lora_dropout") or 0.0,
             dora=bool(data.get("use_dora")),
             init="gaussian" if init == "gaussian" else "kaiming",
@@ -166,12 +164,7 @@ def _targets(targets: Any, config: ModelConfig) -> Names:
         raise UserError("target_modules is missing", "give an adapter that names its targets")
     if isinstance(targets, list):
         check_targets(tuple(targets), config, key="target_modules")
-    return _names(targets)
-
-
-def _names(value: list[str] | str | None) -> Names:
-    """As `LoRA` has them."""
-    return value if isinstance(value, str) else tuple(value or ())
+    return as_names(targets)
 
 
 def _as_list(value: list[str] | str | None) -> list[str]:

@@ -7,13 +7,12 @@ Left out: our own sampling loop. What is tried here must be what was saved, load
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chronicals.errors import UserError
+from chronicals.errors import UserError, read_json
 
 ADAPTER_FILE = "adapter_config.json"
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt")
@@ -89,10 +88,7 @@ def find_base(adapter: Path, patterns: Sequence[str], mend: str) -> Path:
     from chronicals.hub import resolve
 
     file = adapter / ADAPTER_FILE
-    try:
-        named = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"this is not JSON ({error})", "get it again", file=file) from error
+    named = read_json(file, "get it again")
     name = named.get("base_model_name_or_path") if isinstance(named, dict) else None
     if not name or not isinstance(name, str):
         raise UserError("base_model_name_or_path is missing", mend, file=file)

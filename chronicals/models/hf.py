@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chronicals import hub
-from chronicals.errors import UserError
+from chronicals.errors import UserError, read_json
 from chronicals.kernels.ops import REFERENCE, Ops
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
@@ -127,10 +127,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json" + (" but holds an adapter" if adapter else ""),
             "give the base model's folder" if adapter else "give a folder that transformers can load",
         )
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"this is not JSON ({error})", "download it again", file=file) from error
+    data = read_json(file, "download it again")
     if not isinstance(data, dict):
         raise UserError("this is not a JSON object", "download it again", file=file)
     return data

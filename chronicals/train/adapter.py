@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chronicals.adapters.lora import LoRA, Names, add_lora, all_linear, check_lora
+from chronicals.adapters.lora import LoRA, Names, add_lora, all_linear, as_names, check_lora
 from chronicals.adapters.peft_files import fill_adapter
 from chronicals.config import TrainConfig
 from chronicals.errors import UserError
@@ -57,7 +57,7 @@ def lora_of(config: TrainConfig, model: ModelConfig) -> LoRA | None:
         alpha_pattern=config.lora_alpha_pattern or {},
         layers_to_transform=_tuple(config.peft_layers_to_transform) or None,
         layers_pattern=_tuple(config.peft_layers_pattern),
-        exclude_modules=_names(config.lora_exclude_modules),
+        exclude_modules=as_names(config.lora_exclude_modules),
         dropout=config.lora_dropout or 0.0,
         dora=bool(config.peft_use_dora),
         init=config.peft_init_lora_weights or "kaiming",
@@ -78,7 +78,7 @@ def trains_new_tokens(lora: LoRA, model: ModelConfig) -> bool:
 def _targets(config: TrainConfig, model: ModelConfig) -> Names:
     named = config.lora_target_modules or []
     linear = config.lora_target_linear or named in ("all-linear", ["all-linear"])
-    return all_linear(model) if linear else _names(named)
+    return all_linear(model) if linear else as_names(named)
 
 
 def _joined(config: TrainConfig) -> list[str]:
@@ -90,10 +90,6 @@ def _joined(config: TrainConfig) -> list[str]:
         "down_proj": config.lora_mlp_kernel,
     }
     return [name for name, kernel in kernels.items() if kernel is not False]
-
-
-def _names(value: list[str] | str | None) -> Names:
-    return value if isinstance(value, str) else tuple(value or ())
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ trains it.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from chronicals.data.loader import Loader
 from chronicals.data.prepare import prepare
 from chronicals.data.remembered import remembered_tokenizer
 from chronicals.data.tokenizer import ChatTokenizer
-from chronicals.errors import UserError
+from chronicals.errors import UserError, read_json
 from chronicals.kernels.ops import Ops
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import load_config, load_model, trained_views
@@ -363,10 +362,7 @@ def _base_folder(config: TrainConfig) -> Path:
 
 def _generation_config(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
-    try:
-        return json.loads(file.read_bytes()) if file.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"this is not JSON ({error})", "download it again, or remove it", file=file) from error
+    return read_json(file, "download it again, or remove it") if file.is_file() else {}
 
 
 def _schedule(config: TrainConfig) -> Schedule:
