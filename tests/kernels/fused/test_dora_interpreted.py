@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from chronicals.kernels import dora
 from chronicals.kernels.column_sums import reduce_partials
 from chronicals.kernels.dora import DoRARows
 from chronicals.kernels.fused import dora as fused
-from tests.kernels.numerics import relative_error
-
-
-def inside(tensor: Tensor) -> Tensor:
-    """The same numbers in a wider buffer of NaN."""
-    wide = tensor.new_full((tensor.shape[0], tensor.shape[1] + 8), float("nan"))
-    wide[:, : tensor.shape[1]] = tensor
-    return wide[:, : tensor.shape[1]]
+from tests.kernels.numerics import inside, relative_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

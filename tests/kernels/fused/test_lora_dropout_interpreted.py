@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from chronicals.kernels.fused import lora_dropout as fused
 from chronicals.kernels.fused.glu import glu_forward
 from chronicals.kernels.lora import LoRADropout, Part, dropout_mask
-from tests.kernels.numerics import relative_error
+from tests.kernels.numerics import inside, relative_error
 
 SEED, COUNTER = 2**63 + 12345, torch.tensor([7])
 PARTS = [Part(0, 8, 2.0, 5), Part(8, 3, 0.5, 6), Part(11, 17, 1.0, 2**20)]
@@ -18,13 +17,6 @@ SIZES = [(1, 64), (37, 72), (64, 130)]
 
 def pair(parts: list[Part], p: float, seed: int = SEED) -> tuple[LoRADropout, LoRADropout]:
     return fused.FusedLoRADropout(parts, p, seed=seed, device="cpu"), LoRADropout(parts, p, seed=seed, device="cpu")
-
-
-def inside(tensor: Tensor) -> Tensor:
-    """The same numbers in a wider buffer of NaN."""
-    wide = tensor.new_full((tensor.shape[0], tensor.shape[1] + 8), float("nan"))
-    wide[:, : tensor.shape[1]] = tensor
-    return wide[:, : tensor.shape[1]]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
