@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chronicals.kernels.glu import glu_backward, glu_forward
+from chronicals.kernels import glu
+from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.philox import DROPOUT, philox4x32
 
 LANES = 8  # elements that share a call of Philox, 16 bits each
@@ -117,6 +118,8 @@ class LoRADropout:
         device: of the tensors to come.
     """
 
+    passes = MatmulThenGLU(glu.glu_forward, glu.glu_backward)  # the GLU's own
+
     def __init__(self, parts: Sequence[Part], p: float, *, seed: int, device: torch.device | str) -> None:
         self.parts, self.p, self.seed, self.device = parts, p, seed, device
         self.factor = 1 / (1 - p)
@@ -182,8 +185,8 @@ class LoRADropout:
         Returns:
             As `up_`.
         """
-        partials = self.up_(d, glu_forward(gate_up, activation), u, a, counter)
-        glu_backward(d, gate_up, activation, d_gate_up=d_gate_up)
+        partials = self.up_(d, self.passes.glu_forward(gate_up, activation), u, a, counter)
+        self.passes.glu_backward(d, gate_up, activation, d_gate_up=d_gate_up)
         return partials
 
     def _rows(self) -> list[tuple[Part, slice]]:

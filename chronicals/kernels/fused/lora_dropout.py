@@ -23,9 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chronicals.kernels.fused.glu import activate, glu_backward, glu_forward
+from chronicals.kernels.fused import glu
+from chronicals.kernels.fused.glu import activate
 from chronicals.kernels.fused.launch import balanced, device_limits
 from chronicals.kernels.fused.philox import philox
+from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.lora import LANES, MOST_CALLS, LoRADropout, Part, threshold
 from chronicals.kernels.philox import DROPOUT
 
@@ -270,6 +272,8 @@ def lora_dropout_up_kernel(
 class FusedLoRADropout(LoRADropout):
     """As `chronicals.kernels.lora.LoRADropout`: a launch each way, or a few where ranks are high."""
 
+    passes = MatmulThenGLU(glu.glu_forward, glu.glu_backward)
+
     def __init__(self, parts: Sequence[Part], p: float, *, seed: int, device: torch.device | str) -> None:
         super().__init__(parts, p, seed=seed, device=device)
         self._seed = torch.tensor([(seed + 2**63) % 2**64 - 2**63], device=device)  # as a signed number
@@ -312,9 +316,7 @@ class FusedLoRADropout(LoRADropout):
         d_gate_up: Tensor,
     ) -> Tensor:
         if len(self._launches) > 1:  # d is whole behind the last alone
-            partials = self.up_(d, glu_forward(gate_up, activation), u, a, counter)
-            glu_backward(d, gate_up, activation, d_gate_up=d_gate_up)
-            return partials
+            return super().up_glu(d, gate_up, activation, u, a, counter, d_gate_up=d_gate_up)
         assert d_gate_up.shape == gate_up.shape == (len(d), 2 * d.shape[1])
         assert d_gate_up.dtype == gate_up.dtype and d_gate_up.stride(1) == 1
         partials = self._partials(d, a, GLU_PROGRAMS)
