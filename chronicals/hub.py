@@ -91,7 +91,7 @@ def _explained(error: BaseException, repo: str, what: str) -> UserError:
         case _:
             why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hugging Face Hub cannot be reached"
             return UserError(
-                f"{repo} is not in the local cache and {why}",
+                f"{repo} is no folder here, is not in the local cache, and {why}",
                 f"connect to the network, or run `hf download {repo}` where there is one and give that folder",
             )
 

@@ -157,8 +157,8 @@ def test_offline_is_told_from_unreachable(offline: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     why = "HF_HUB_OFFLINE is set" if offline else "the Hugging Face Hub cannot be reached"
     expected = (
-        f"{REPO} is not in the local cache and {why}; connect to the network, or run `hf download {REPO}` "
-        "where there is one and give that folder"
+        f"{REPO} is no folder here, is not in the local cache, and {why}; connect to the network, or run "
+        f"`hf download {REPO}` where there is one and give that folder"
     )
     for error in (
         errors.LocalEntryNotFoundError("nothing cached"),
@@ -171,7 +171,8 @@ def test_offline_is_told_from_unreachable(offline: bool, monkeypatch: pytest.Mon
 def test_the_real_client_offline_answers_at_once() -> None:
     """Tests run with HF_HUB_OFFLINE=1: no stand-in here."""
     with pytest.raises(
-        UserError, match="no-such-owner/no-such-model is not in the local cache and HF_HUB_OFFLINE is set"
+        UserError,
+        match="no-such-owner/no-such-model is no folder here, is not in the local cache, and HF_HUB_OFFLINE is set",
     ):
         hub.resolve("no-such-owner/no-such-model")
 

@@ -209,7 +209,7 @@ def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     for told in (ConnectionError("Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)"), offline):
         raising(monkeypatch, told, offline)
         message = complaint("org/name")
-        assert "org/name is not in the local cache" in message
+        assert "org/name is no folder here, is not in the local cache, and" in message
         assert "hf download" in message
 
 
