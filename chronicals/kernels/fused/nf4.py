@@ -35,7 +35,7 @@ class Config(NamedTuple):
     warps: int
 
 
-CONFIG = Config(128, 4)  # 8 words a thread: two 16-byte loads, 8 stores of as many
+CONFIG = Config(64, 4)  # 4 words a thread: one 16-byte load, 4 stores of as many
 
 
 @triton.jit
