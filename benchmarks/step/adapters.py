@@ -95,12 +95,13 @@ class AdapterReference(Reference):
         self.model.eval()
 
     def _quantise(self) -> None:
-        """Layers' matrices become what bitsandbytes reads back of them, doubly quantised to NF4."""
+        """Layers' matrices become what bitsandbytes reads back of them, in our arm's dtype, doubly quantised to NF4."""
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
+        dtype = torch.bfloat16 if self.work.device == "cuda" else torch.float32
         for name, p in self.model.named_parameters():
             if "_proj.weight" in name:
-                codes, state = quantize_4bit(p.data.bfloat16(), quant_type="nf4", compress_statistics=True)
+                codes, state = quantize_4bit(p.data.to(dtype), quant_type="nf4", compress_statistics=True)
                 p.data.copy_(dequantize_4bit(codes, state))
 
     def draw(self, seed: int) -> dict[str, Tensor]:

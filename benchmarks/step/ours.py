@@ -26,6 +26,7 @@ from benchmarks.step.works import (
     batches,
 )
 from chronicals.adapters.joined import JoinedLoRA
+from chronicals.adapters.lora import adapter_views
 from chronicals.adapters.peft_files import load_adapter
 from chronicals.adapters.unfused import LoRAProjection
 from chronicals.data.batch import BatchPlan, PackedBatch, collate
@@ -33,7 +34,7 @@ from chronicals.data.documents import Documents
 from chronicals.kernels.attention import TorchVarlen
 from chronicals.kernels.ops import Ops
 from chronicals.models.decoder import Decoder
-from chronicals.models.hf import hf_views, load_config, load_model
+from chronicals.models.hf import hf_views, load_config, load_model, trained_views
 from chronicals.models.quantization import NF4
 from chronicals.optim.adamw import AdamW
 from chronicals.optim.formats import format_of
@@ -80,7 +81,7 @@ class Ours(Arm):
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         wide = spec.precision == "fp32" or self.dtype == torch.float32
         form = format_of("adamw" if wide else "adamw_bf16_sr", self.dtype)
-        trained = self.weights()
+        trained = self._views()
         optimizer = AdamW(
             trained,
             betas=BETAS,
@@ -117,15 +118,19 @@ class Ours(Arm):
         return load_model(self.folder, dtype=self.dtype, device=device, ops=ops, quantization=self.quantization)
 
     def _guard(self, optimizer: AdamW) -> Guard:
-        names = {name: [theirs for theirs, _ in hf_views(self.model, {name: p})] for name, p in self.parameters.items()}
+        names = {name: list(trained_views(self.model, {name: p.detach()})) for name, p in self.parameters.items()}
 
         def watched() -> dict[str, Tensor]:
-            return self.weights() | optimizer.state()["master"]
+            return self._views() | optimizer.state()["master"]
 
         return Guard(names, watched, min_lr=self.work.learning_rate / 10)
 
     def _live(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.parameters.items()}
+
+    def _views(self) -> dict[str, Tensor]:
+        """By the names of `Gradients.views`, which optimizer and guard go by."""
+        return trained_views(self.model, self._live())
 
     def step(self, index: int) -> None:
         self.steps += 1
@@ -138,7 +143,7 @@ class Ours(Arm):
         return float(self.output.grad_norm)
 
     def weights(self) -> dict[str, Tensor]:
-        return dict(hf_views(self.model, self._live()))
+        return self._views()
 
     def check_gradients(self) -> dict[str, float]:
         """Of a full batch, by the very unit that the clock will see: where steps are recorded, by its replay."""
@@ -193,6 +198,9 @@ class OursWithAdapter(Ours):
         )
         return model.train()  # `load_adapter` leaves it without dropout
 
+    def weights(self) -> dict[str, Tensor]:
+        return adapter_views(self.model, self._live())  # a bias of a target has another name there than in `_views`
+
     def started_from(self) -> Path:
         return adapter_folder(self.work, self.folder, self.variant) / WEIGHTS_FILE
 
@@ -209,7 +217,8 @@ class OursWithAdapter(Ours):
             tensor.copy_(values[name])
         self.run.loss.zero_()
         self.run.run_micro(self.batches[0])
-        found = judged(float(self.run.loss), self.gradients.views, expected, exact, TOLERANCE[self.dtype])
+        grads = adapter_views(self.model, self.gradients.buffers)
+        found = judged(float(self.run.loss), grads, expected, exact, TOLERANCE[self.dtype])
         for name, tensor in live.items():
             tensor.copy_(before[name])
         return found

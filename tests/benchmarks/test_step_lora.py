@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,17 @@ def test_honest_arms_get_their_numbers_and_agree(work: Work, tmp_path: Path) -> 
     assert (ours["chosen"]["recompute"], eager["chosen"]["recompute"]) == (
         ("full", "every layer") if least else ("light", "none")
     )
+
+
+@pytest.mark.parametrize("name", [name for name, spec in LORA_ARMS.items() if variant(spec) != PLAIN])
+def test_each_variant_passes_its_gate(name: str, tmp_path: Path) -> None:
+    spec, work = LORA_ARMS[name], replace(TINY, shape=replace(TINY.shape, intermediate=128))  # whole blocks of NF4
+    make_checkpoint(work, tmp_path, ["the quick brown fox jumps over the lazy dog"])
+    exact = expected(work, tmp_path, variant(spec))
+    found = measure(lambda: OursWithAdapter(spec, work, tmp_path), work, exact, time.time())
+    assert "error" not in found, found
+    if "dropout" not in name:
+        assert found["gate"]["loss"] == pytest.approx(0, abs=1e-5) and found["gate"]["worst_gradient"] < 1e-5
 
 
 def test_a_peer_that_does_not_checkpoint_where_all_do_is_red(tmp_path: Path) -> None:
