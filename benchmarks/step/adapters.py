@@ -4,8 +4,9 @@ A is drawn as PEFT draws it; B is drawn too, as an adapter with B = 0 has no gra
 bf16, whatever an arm trains in.
 
 Two states are written, and what PEFT computes in both: `adapter_model.safetensors`, from which arms start and to whose
-loss and gradient norm the first step is held; and another one in `gate_*.safetensors`, with all its gradients. Our arm
-is put into the second state once its steps are recorded, so that a copy of the adapter which nobody renews is seen.
+loss and gradient norm the first step is held; and another one in `gate_*.safetensors`, with all its gradients, and how
+far from them PEFT is in bf16, as some are too small a difference for any kernels to have it exact. Our arm is put into
+the second state once its steps are recorded, so that a copy of the adapter which nobody renews is seen.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.step.arm import Spec
-from benchmarks.step.reference import Reference
+from benchmarks.step.reference import Reference, arms_dtype, relative_errors
 from benchmarks.step.works import SEED, Work, batches
 
 PLAIN = "lora"
@@ -124,6 +125,17 @@ class AdapterReference(Reference):
         loss, grads = super().run(tokens)
         return loss, {stored_name(name): grad for name, grad in grads.items()}
 
+    def errors_in(self, dtype: torch.dtype, tokens: Tensor, exact: Mapping[str, Tensor]) -> dict[str, float]:
+        """How far transformers itself is from `exact` where it computes in `dtype`, a share of each gradient's norm.
+
+        The model is left in `dtype`. Buffers are not: rope's frequencies are float32 in every arm.
+        """
+        if dtype == torch.float32:
+            return {}
+        for p in self.model.parameters():
+            p.grad, p.data = None, p.data.to(dtype)
+        return relative_errors(self.run(tokens)[1], exact)
+
 
 def expected(work: Work, checkpoint: Path, name: str) -> dict[str, Any]:
     """Loss and gradient norm of the first batch, which the first step of every arm of this variant is held to.
@@ -144,7 +156,8 @@ def expected(work: Work, checkpoint: Path, name: str) -> dict[str, Any]:
     values = reference.draw(SEED + 1)
     loss, grads = reference.run(tokens)
     kept = {f"adapter.{n}": v for n, v in values.items()} | {f"gradient.{n}": g.cpu() for n, g in grads.items()}
-    save_file(kept, gate, metadata={"loss": repr(loss)})
+    rounded = reference.errors_in(arms_dtype(work), tokens, grads)
+    save_file(kept, gate, metadata={"loss": repr(loss), "errors": json.dumps(rounded)})
     told.write_text(json.dumps(found), encoding="utf-8")
     return found
 
@@ -157,15 +170,16 @@ def expected_where_possible(work: Work, checkpoint: Path, name: str) -> dict[str
         return {"error": f"no reference for {name}: {error}"}
 
 
-def load_gate(file: Path) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-    """Loss of the second state, its tensors, its gradients."""
+def load_gate(file: Path) -> tuple[float, dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    """Loss of the second state, its tensors, its gradients, and how far from these transformers' own are in the arms'
+    dtype."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stored:
-        loss = float(stored.metadata()["loss"])
+        loss, errors = float(stored.metadata()["loss"]), json.loads(stored.metadata()["errors"])
     kept = load_file(file)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): kept[name] for name in kept if name.startswith(prefix)}
 
-    return loss, part("adapter."), part("gradient.")
+    return loss, part("adapter."), part("gradient."), errors

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.step.adapters import WEIGHTS_FILE, adapter_folder, gate_file, load_gate, peft_config, variant
 from benchmarks.step.arm import Arm, Spec
 from benchmarks.step.profile import matmul_sides
-from benchmarks.step.reference import Reference
+from benchmarks.step.reference import Reference, arms_dtype, relative_errors
 from benchmarks.step.works import (
     BATCHES,
     BETAS,
@@ -47,6 +47,7 @@ from chronicals.train.precision import resolve_ops
 from chronicals.train.step import to_device
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # of a gradient's norm, against transformers in float32
+ROUNDED = 1.5  # times transformers' own distance in the same dtype
 
 
 def packed(work: Work, ids: Tensor) -> PackedBatch:
@@ -70,7 +71,7 @@ class Ours(Arm):
         self._stream = ExitStack()  # for as long as this process lives
         self._stream.enter_context(own_stream(device))
         options = spec.options or {}
-        self.dtype = torch.bfloat16 if work.device == "cuda" else torch.float32
+        self.dtype = arms_dtype(work)
         ops, kernels = resolve_ops(device, self.dtype, head_dim=load_config(folder).head_dim, deterministic=False)
         if options.get("attention") == "torch":
             ops = replace(ops, attention=TorchVarlen())
@@ -169,18 +170,29 @@ class Ours(Arm):
 
 
 def judged(
-    loss: float, grads: Mapping[str, Tensor], expected: float, exact: Mapping[str, Tensor], limit: float
+    loss: float,
+    grads: Mapping[str, Tensor],
+    expected: float,
+    exact: Mapping[str, Tensor],
+    limit: float,
+    theirs: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """What was seen; AssertionError where a gradient is further than `limit` of its norm from `exact`, or the loss a
-    tenth of that from `expected`."""
-    errors = {}
-    for name, wanted in exact.items():
-        wanted = wanted.to(grads[name].device)
-        errors[name] = float((grads[name].float() - wanted).norm() / wanted.norm())
-    worst = max(errors, key=lambda name: errors[name])
-    assert errors[worst] <= limit, f"the gradient of {worst} is {errors[worst]:.1e} from float32, at most {limit}"
+    tenth of that from `expected`.
+
+    `theirs`: how far transformers in the same dtype is, by name. A gradient may be `ROUNDED` times as far, where that
+    is more than `limit`: some are small differences of large sums (queries' and keys' over thousands of random
+    tokens), which no kernels have exact in bf16.
+    """
+    errors, theirs = relative_errors(grads, exact), theirs or {}
+    limits = {name: max(limit, ROUNDED * theirs.get(name, 0.0)) for name in errors}
+    worst = max(errors, key=lambda name: errors[name] / limits[name])
+    assert errors[worst] <= limits[worst], (
+        f"the gradient of {worst} is {errors[worst]:.1e} from float32, at most {limits[worst]:.1e}"
+    )
     assert abs(loss / expected - 1) <= limit / 10, f"the loss is {loss:.5f}, transformers' {expected:.5f}"
-    return {"worst_gradient": errors[worst], "loss_after_warmup": loss / expected - 1}
+    seen = {"worst_gradient": max(errors.values()), "loss_after_warmup": loss / expected - 1}
+    return seen | ({"worst_gradient_of_transformers": max(theirs.values())} if theirs else {})
 
 
 class OursWithAdapter(Ours):
@@ -209,7 +221,7 @@ class OursWithAdapter(Ours):
         if "dropout" in self.variant:
             return {}  # the reference has no masks
         place = adapter_folder(self.work, self.folder, self.variant)
-        expected, values, exact = load_gate(gate_file(self.work, place))
+        expected, values, exact, theirs = load_gate(gate_file(self.work, place))
         live = self.weights()
         assert live.keys() == values.keys(), f"trained there or here alone: {sorted(live.keys() ^ values.keys())[:3]}"
         before = {name: tensor.clone() for name, tensor in live.items()}
@@ -218,7 +230,7 @@ class OursWithAdapter(Ours):
         self.run.loss.zero_()
         self.run.run_micro(self.batches[0])
         grads = adapter_views(self.model, self.gradients.buffers)
-        found = judged(float(self.run.loss), grads, expected, exact, TOLERANCE[self.dtype])
+        found = judged(float(self.run.loss), grads, expected, exact, TOLERANCE[self.dtype], theirs)
         for name, tensor in live.items():
             tensor.copy_(before[name])
         return found

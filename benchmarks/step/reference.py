@@ -8,7 +8,7 @@ that a leak between documents is seen.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,20 @@ def empty_model(work: Work, dtype: torch.dtype = torch.float32) -> Any:
         return AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**work.shape.config()), dtype=dtype, attn_implementation="sdpa"
         )
+
+
+def arms_dtype(work: Work) -> torch.dtype:
+    """What arms compute in."""
+    return torch.bfloat16 if work.device == "cuda" else torch.float32
+
+
+def relative_errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of each of `exact`, the norm of the difference over its norm."""
+    errors = {}
+    for name, wanted in exact.items():
+        wanted = wanted.to(found[name].device)
+        errors[name] = float((found[name].float() - wanted).norm() / wanted.norm())
+    return errors
 
 
 class Reference:

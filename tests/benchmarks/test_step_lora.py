@@ -21,6 +21,7 @@ from benchmarks.step.adapters import (
     PLAIN,
     VARIANTS,
     WEIGHTS_FILE,
+    AdapterReference,
     adapter_folder,
     expected,
     expected_where_possible,
@@ -30,9 +31,9 @@ from benchmarks.step.adapters import (
 )
 from benchmarks.step.arm import LORA_ARMS, Arm, Spec, build
 from benchmarks.step.measure import measure
-from benchmarks.step.ours import OursWithAdapter
+from benchmarks.step.ours import OursWithAdapter, judged
 from benchmarks.step.reference import make_checkpoint
-from benchmarks.step.works import LLAMA_8B, WORKS, Work
+from benchmarks.step.works import LLAMA_8B, WORKS, Work, batches
 from tests.benchmarks.test_readme import WHERE
 from tests.benchmarks.test_step import NUMBERS, section
 
@@ -181,12 +182,39 @@ def test_a_peer_that_does_not_checkpoint_where_all_do_is_red(tmp_path: Path) -> 
 def test_the_gate_holds_another_state_than_arms_start_from(checkpoint: Made) -> None:
     folder, exact = checkpoint
     place = adapter_folder(TINY, folder, PLAIN)
-    start, (loss, values, grads) = load_file(place / WEIGHTS_FILE), load_gate(gate_file(TINY, place))
+    start, (loss, values, grads, theirs) = load_file(place / WEIGHTS_FILE), load_gate(gate_file(TINY, place))
     assert start.keys() == values.keys() == grads.keys()
     assert not [name for name in start if torch.equal(start[name], values[name])]
     assert loss != exact["loss"]
     assert all(g.norm() > 0 for g in grads.values()), "A has a gradient too, as B is not zero"
     assert expected(TINY, folder, PLAIN) == exact, "read, not computed again"
+    assert theirs == {}, "arms compute in float32 here"
+
+
+def test_a_gradient_may_be_half_again_as_far_from_float32_as_transformers_is() -> None:
+    exact = {"q": torch.ones(100), "v": torch.ones(100)}
+    grads = {"q": torch.full((100,), 1.14), "v": torch.full((100,), 1.04)}
+    with pytest.raises(AssertionError, match=r"the gradient of q is 1\.4e-01 from float32, at most 5\.0e-02"):
+        judged(2.0, grads, 2.0, exact, 0.05)
+    seen = judged(2.0, grads, 2.0, exact, 0.05, {"q": 0.1, "v": 0.01})
+    assert seen == pytest.approx(
+        {"worst_gradient": 0.14, "loss_after_warmup": 0, "worst_gradient_of_transformers": 0.1}
+    )
+    with pytest.raises(AssertionError, match=r"the gradient of q is 1\.4e-01"):
+        judged(2.0, grads, 2.0, exact, 0.05, {"q": 0.09, "v": 0.2})
+    grads["v"] += 0.02
+    with pytest.raises(AssertionError, match=r"the gradient of v is 6\.0e-02 from float32, at most 5\.0e-02"):
+        judged(2.0, grads, 2.0, exact, 0.05, {"q": 0.1, "v": 0.01})
+
+
+def test_transformers_own_rounding_is_measured(checkpoint: Made) -> None:
+    reference = AdapterReference(TINY, checkpoint[0], PLAIN)
+    reference.draw(1)
+    tokens = batches(TINY)[0]
+    exact = reference.run(tokens)[1]
+    errors = reference.errors_in(torch.bfloat16, tokens, {name: grad.clone() for name, grad in exact.items()})
+    assert errors.keys() == exact.keys()
+    assert all(1e-3 < error < 0.1 for error in errors.values())
 
 
 def test_each_variant_has_a_reference(checkpoint: Made, monkeypatch: pytest.MonkeyPatch) -> None:
