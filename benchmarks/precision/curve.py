@@ -6,12 +6,16 @@ Every arm computes in bfloat16 with float32 masters and moments: ours by the pro
 of bfloat16 weights whose gradients go to masters that `torch.optim.AdamW` updates, each document a padded row of its
 own. The distance of two curves is the root of the mean of their squared differences over the steps.
 
-No two kernels round alike, and a curve answers to its roundings. **The spread** is therefore measured: transformers
-runs four times on the same batches, with two attention kernels, with the documents of a batch in two orders, and with
-longer padding, for which libraries take other kernels, and the spread is the largest distance between two of these
-runs. Gate: our mean distance to them is within it, and that of a fifth run whose learning rate is 5% too high is not,
-or the spread would show nothing. The distance to transformers in float32 is told beside. Exit code 1 where the gate is
-red.
+No two kernels round alike, and a curve answers to its roundings. **The spread** is therefore measured, as the largest
+distance between any two runs of transformers in bfloat16 on the same batches, by whatever kernels: its own with two
+attentions, with the documents of a batch in two orders, and with longer padding, for which libraries take other
+kernels; compiled, where fused ops keep float32 between them as ours do; and Liger's, where they are installed. The
+first four round at the same places, each op to bfloat16, and differ in the order of sums alone: their spread is told
+beside, for it is the narrower one, and no gate.
+
+Gate: our mean distance to all of these runs is within the spread, and that of a run whose learning rate is 5% too high
+is not, or the spread would show nothing. Everyone's distance to transformers in float32 is told beside. Exit code 1
+where the gate is red.
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.kernels.harness import installed
 from benchmarks.precision.text import Shape, make_tokenizer, measured_where, write_model, write_text
 from chronicals.config import TrainConfig
 from chronicals.data.batch import PackedBatch
@@ -59,14 +64,21 @@ class Theirs:
     reverse: bool = False  # the documents of a batch, last first
     rate: float = 1.0  # times the learning rate
     longest: int = 0  # what documents are padded to, at least
+    rows: int = 0  # of a batch, at least: padding makes up for documents
+    compiled: bool = False  # by torch.compile, every batch padded to one shape
+    liger: bool = False
 
 
-RUNS = {
+EAGER = {
     "transformers, sdpa": Theirs(),
     "transformers, eager": Theirs(attention="eager"),
     "transformers, sdpa, reversed": Theirs(reverse=True),
     "transformers, sdpa, padded": Theirs(longest=576),
 }
+OTHERS = {"transformers, compiled": Theirs(compiled=True)}
+if installed("liger_kernel"):
+    OTHERS["transformers, Liger kernels"] = Theirs(liger=True)  # last: they stay in transformers until the process ends
+RUNS = EAGER | OTHERS
 FLOAT32 = "transformers, float32"
 WRONG = "transformers, learning rate 5% off"
 
@@ -105,6 +117,15 @@ def theirs(run: TrainConfig, windows: Sequence[PackedBatch], how: Theirs) -> lis
         run.base_model, dtype=how.dtype, attn_implementation=how.attention
     ).to(device)
     named = dict(model.named_parameters())
+    if how.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+
+        apply_liger_kernel_to_qwen2(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
+    if how.compiled:
+        documents = [rows_of(batch) for batch in windows]
+        longest = max(len(tokens) for rows in documents for tokens, _ in rows)
+        how = replace(how, rows=max(map(len, documents)), longest=longest)
+        model = torch.compile(model, dynamic=False)
     masters = {name: p.detach().clone().float().requires_grad_() for name, p in named.items()}
     decayed = decay_names(masters)
     groups = [
@@ -139,9 +160,10 @@ def loss_of(model: torch.nn.Module, batch: PackedBatch, device: torch.device, ho
     if how.reverse:
         documents = documents[::-1]
     longest = max(how.longest, *(len(tokens) for tokens, _ in documents))
-    ids = torch.zeros(len(documents), longest, dtype=torch.int64)
+    ids = torch.zeros(max(how.rows, len(documents)), longest, dtype=torch.int64)
     targets = torch.full_like(ids, -100)
     mask = torch.zeros_like(ids)
+    mask[len(documents) :] = 1  # attention without anything to look at would be NaN
     for i, (tokens, labels) in enumerate(documents):
         ids[i, : len(tokens)], targets[i, : len(tokens)], mask[i, : len(tokens)] = tokens, labels, 1
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
@@ -162,9 +184,14 @@ def distance(one: Sequence[float], other: Sequence[float]) -> float:
     return statistics.fmean((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5
 
 
+def spread_of(curves: dict[str, list[float]], runs: Iterable[str]) -> float:
+    """The largest distance between two of `runs`."""
+    return max(distance(curves[a], curves[b]) for a, b in itertools.combinations(runs, 2))
+
+
 def judge(curves: dict[str, list[float]]) -> tuple[float, dict[str, float], list[str]]:
     """The spread, the mean distance of the other curves to the runs it is made of, and what is not as it should be."""
-    spread = max(distance(curves[a], curves[b]) for a, b in itertools.combinations(RUNS, 2))
+    spread = spread_of(curves, RUNS)
     away = {
         name: statistics.fmean(distance(curve, curves[run]) for run in RUNS)
         for name, curve in curves.items()
@@ -187,7 +214,7 @@ def study(folder: Path, data: Path, steps: int, device: str) -> dict[str, list[f
     loader = setup.load_data(run, progress=False).train
     windows = [batch for step in range(steps) for batch in loader.window(step)]
     assert len(windows) == steps, "one micro-batch a step"
-    runs = RUNS | {WRONG: Theirs(rate=OFF), FLOAT32: Theirs(torch.float32)}
+    runs = {WRONG: Theirs(rate=OFF), FLOAT32: Theirs(torch.float32)} | RUNS
     return curves | {name: theirs(run, windows, how) for name, how in runs.items()}
 
 
@@ -210,6 +237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "shape": vars(SHAPE),
         "recipe": RECIPE,
         "spread": spread,
+        "spread_of_runs": list(RUNS),
+        "spread_of_eager_runs": spread_of(curves, EAGER),
+        "mean_distance_of_ours_to_eager_runs": statistics.fmean(distance(curves["ours"], curves[run]) for run in EAGER),
+        "distance_to_float32": {name: distance(curve, curves[FLOAT32]) for name, curve in curves.items()},
         "mean_distance_to_the_runs_of_the_spread": away,
         "wrong": wrong,
         "curves": curves,
@@ -220,7 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, curve in curves.items():
         cell = f"{away[name]:9.5f}" if name in away else f"{'':9}"
         print(f"{name:36} {curve[0]:8.4f} {curve[-1]:8.4f} {cell} {distance(curve, curves[FLOAT32]):11.5f}")
-    print(f"spread of transformers' runs in bfloat16: {spread:.5f}")
+    eager = report["spread_of_eager_runs"], report["mean_distance_of_ours_to_eager_runs"]
+    print(f"spread of transformers' {len(RUNS)} runs in bfloat16: {spread:.5f}")
+    print(f"that of its {len(EAGER)} eager runs alone: {eager[0]:.5f}, from which ours is {eager[1]:.5f} away")
     print("\n".join(f"RED  {line}" for line in wrong) or "green: our curve is within it, a rate 5% off is not")
     return bool(wrong)
 
