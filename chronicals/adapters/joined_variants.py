@@ -6,7 +6,9 @@ product, so that
     dx = dy W, then += sum_i M_i (u_i A_i)          dA_i = u_i' (M_i x)          u = s dy B
 
 whose second half is one pass over x and dx. Where x is a GLU's product, that pass makes it from gate and up and leaves
-their gradient. In evaluation mode it is `JoinedLoRA`.
+their gradient. It makes it even where forward's is kept, by the GLU's own formula: on Hopper forward's, which came out
+of a matmul's kernel, differs from it in last bits, and what is kept must not show in the gradients. In evaluation mode
+it is `JoinedLoRA`.
 
 DoRA: y = c z + b, z what is joined, c = m / |W + s B A| worked out at the start of each micro-batch (`scaled_rows`).
 Backward needs y, or makes z again with one more matmul, and writes dz = c dy over it, with the room behind that u
@@ -37,8 +39,6 @@ from chronicals.models.projection import GLU, Projection, widened, with_room
 
 class JoinedDropout(JoinedLoRA):
     """`JoinedLoRA` with dropout of its adapters' inputs while training."""
-
-    joins_glu_grad = False
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)

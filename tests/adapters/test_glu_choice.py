@@ -47,9 +47,9 @@ CASES: dict[str, tuple[LoRA, dict[str, Any], bool]] = {  # and whether the GLU i
         {},
         False,
     ),
-    "dropout": (replace(LORA, dropout=0.3), {}, False),
+    "dropout": (replace(LORA, dropout=0.3), {}, True),
     "dropout before gate": (replace(LORA, targets=GATE, dropout=0.3), {}, True),
-    "dropout before down": (replace(LORA, targets=DOWN, dropout=0.3), {}, False),
+    "dropout before down": (replace(LORA, targets=DOWN, dropout=0.3), {}, True),
     "dora": (replace(LORA, dora=True), {}, False),
     "dora of gate": (replace(LORA, targets=GATE, dora=True), {}, False),
     "dora of gate beside a trained down": (
