@@ -9,7 +9,6 @@ Ours is launched kernel by kernel (`Ours`), as the peer is, and replayed from CU
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views
 from chronicals.train.gradients import Gradients
-from chronicals.train.graph import own_stream
 from chronicals.train.precision import resolve_ops
 from chronicals.train.step import to_device
 
@@ -50,13 +48,14 @@ class Peft:
         self.loss.backward()
 
     def reset(self) -> None:
-        """Between two trials."""
+        """Between two trials; what a pass that ran out of memory kept goes too."""
+        self.loss = None
         self.model.zero_grad(set_to_none=True)
 
     def values(self) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradients of the last pass, by PEFT's names."""
-        found = {stored_name(n): p.grad / SCALE for n, p in self.model.named_parameters() if p.grad is not None}
-        return float(self.loss) / SCALE, found
+        found = {n: p.grad.float() / SCALE for n, p in self.model.named_parameters() if p.grad is not None}
+        return float(self.loss) / SCALE, {stored_name(name): grad for name, grad in found.items()}
 
 
 def peft_model(model: Model, rank: int, dtype: torch.dtype) -> Any:
@@ -82,12 +81,12 @@ class Exact(Reference):
 
 
 class Ours:
-    """The product's decoder, launched kernel by kernel."""
+    """The product's decoder, launched kernel by kernel; on a stream that is not the default one, so that `Graphed` may
+    record it."""
 
     def __init__(self, model: Model, rank: int) -> None:
         work, device = model.gate(rank), torch.device(model.device)
-        self._stream = ExitStack()  # for as long as this process lives
-        self._stream.enter_context(own_stream(device))
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # as our runs have it
         config = ModelConfig.from_hf(work.shape.config())
         ops, _ = resolve_ops(device, model.dtype, head_dim=config.head_dim, deterministic=False)
         self.model = Decoder(config, ops, device=device, dtype=model.dtype)
@@ -114,7 +113,8 @@ class Ours:
         self.gradients.finish(self.model.ops.reduce_partials)
 
     def reset(self) -> None:
-        """Gradients are written, not added to."""
+        """Gradients are written, not added to; what a pass that ran out of memory kept goes."""
+        self.loss = None
 
     def values(self) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradients of the last pass, by PEFT's names."""
@@ -144,7 +144,7 @@ class Graphed:
         self._run("backward")
 
     def reset(self) -> None:
-        """Nothing."""
+        """Nothing: the loss is where the graphs write it."""
 
     def values(self) -> tuple[float, dict[str, Tensor]]:
         return self.ours.values()

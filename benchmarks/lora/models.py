@@ -27,10 +27,10 @@ class Model:
     device: str = "cuda"
     sweep: tuple[tuple[int, int, int], ...] = tuple(itertools.product((8, 32), (1, 4), (512, 2048)))
 
-    def works(self) -> Iterator[Work]:
-        """One for each setting: (rank, documents, length), ranks apart."""
-        for rank, documents, length in self.sweep:
-            yield self.work(rank, documents, length)
+    def works(self, rank: int) -> Iterator[Work]:
+        """One for each setting (rank, documents, length) of this rank, the largest last."""
+        for setting in sorted(setting for setting in self.sweep if setting[0] == rank):
+            yield self.work(*setting)
 
     def work(self, rank: int, documents: int, length: int) -> Work:
         title = f"rank {rank}, {documents} x {length}"

@@ -1,9 +1,12 @@
 """The twelve figures of LoRA kernels: `python -m benchmarks.lora.run [--model NAME] [--out FILE]`.
 
-Three models, forward and backward, time and peak memory, against transformers and PEFT as they come, in float16; each
-is the mean over ranks 8 and 32, batches 1 and 4, lengths 512 and 2048 of the ratio in that setting, 30 trials each.
-Peer and ours run in processes of their own, one after the other. An arm gets numbers only after its loss and all
-gradients agreed with PEFT in float32, at each rank; the peer is held to that too.
+Three models, the smallest first, forward and backward, time and peak memory, against transformers and PEFT as they
+come, in float16; each is the mean over ranks 8 and 32, batches 1 and 4, lengths 512 and 2048 of the ratio in that
+setting. It is measured in 30 trials, or in as many as take 2 seconds, at least 8. Peer and ours run in processes of
+their own, one after the other; all begin together, import, and wait for their turn. Our kernels are compiled meanwhile,
+for two layers of each model, into the caches on disk. A model's row is written when it is there.
+
+An arm gets numbers only after its gate, see measure.py.
 
 Ours has two rows: launched kernel by kernel as the peer is, and replayed from CUDA graphs as it trains. *Memory saved*
 is of the peak of tensors, weights included. A setting in which an arm runs out of memory is told, and left out of the
@@ -13,6 +16,7 @@ means.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -20,156 +24,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmarks import children
+from benchmarks.lora.measure import PEER, child, compiled, imported
 from benchmarks.lora.models import DIRECTIONS, MODELS, TINY, Model
 from benchmarks.step.run import machine
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "benchmarks" / "results" / "lora_kernels.json"
 ALL = MODELS | {"tiny": TINY}
-PEER, ARMS = "peft", ("ours", "ours_graphs")
-TRIALS, WARMUP = 30, 3
-GRADIENT = {"cuda": 2e-2, "cpu": 1e-4}  # of a gradient's norm, against float32; the loss: a tenth
-LIMIT = 600  # seconds of one process
-
-
-# In a child
-
-
-def check(found: tuple[float, dict[str, Any]], exact: tuple[float, dict[str, Any]], limit: float) -> dict[str, float]:
-    """What was seen; AssertionError where loss or gradients are not those of float32."""
-    from benchmarks.step.ours import judged
-
-    (loss, grads), (expected, wanted) = found, exact
-    assert grads.keys() == wanted.keys(), f"trained there or here alone: {sorted(grads.keys() ^ wanted.keys())[:3]}"
-    assert all(grad.norm() > 0 for grad in wanted.values()), "a gradient is 0 in float32 already"
-    return judged(loss, grads, expected, wanted, limit)
-
-
-def peaks(arm: Any, device: str) -> dict[str, int] | None:
-    """Bytes of tensors at the peak of each pass, everything that was there before included."""
-    if device == "cpu":
-        return None
-    import torch
-
-    found = {}
-    for name in DIRECTIONS:
-        torch.cuda.reset_peak_memory_stats()
-        getattr(arm, name)()
-        torch.cuda.synchronize()
-        found[name] = torch.cuda.max_memory_allocated()
-    arm.reset()
-    return found
-
-
-def seconds(arm: Any, device: str, trials: int) -> dict[str, list[float]]:
-    """Of each pass, trial by trial, one behind the other as in training; on a GPU between events."""
-    marks: list[list[Any]] = []
-    mark = _marker(device)
-    for _ in range(trials):
-        marks.append([mark()])
-        for name in DIRECTIONS:
-            getattr(arm, name)()
-            marks[-1].append(mark())
-        arm.reset()
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-        return {n: [m[i].elapsed_time(m[i + 1]) / 1000 for m in marks] for i, n in enumerate(DIRECTIONS)}
-    return {name: [m[i + 1] - m[i] for m in marks] for i, name in enumerate(DIRECTIONS)}
-
-
-def _marker(device: str) -> Callable[[], Any]:
-    if device == "cpu":
-        return time.perf_counter
-    import torch
-
-    def record() -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    return record
-
-
-def timed(arm: Any, device: str, trials: int) -> dict[str, Any]:
-    """An arm's numbers in one setting."""
-    most = peaks(arm, device)  # the first pass of all: what is recorded is recorded here
-    seconds(arm, device, WARMUP)
-    found = seconds(arm, device, trials)
-    return {
-        name: {
-            "seconds": {"median": statistics.median(times), "least": min(times), "most": max(times)},
-            "peak_bytes": None if most is None else most[name],
-        }
-        for name, times in found.items()
-    }
-
-
-def freed() -> None:
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def in_setting(make: Callable[[], Any], device: str, trials: int) -> dict[str, Any]:
-    """The same, or `error` where the memory did not suffice."""
-    import torch
-
-    try:
-        return timed(make(), device, trials)
-    except torch.OutOfMemoryError:
-        return {"error": "out of memory"}
-    finally:
-        freed()
-
-
-def child(side: str, model: Model, gates: Path, trials: int) -> dict[str, Any]:
-    """In a process of its own: the gate of each rank, then every setting's numbers, of the peer or of ours."""
-    import torch
-
-    from benchmarks.lora.arms import Exact, Graphed, Ours, Peft
-
-    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name() if model.device == "cuda" else None}
-    found |= {"gate": {}, "settings": {}}
-    for rank in model.ranks:
-        gate = gates / f"gate_{rank}.pt"
-        if side == PEER:
-            torch.save(Exact(model, rank).values(), gate)
-            freed()
-        arm = Peft(model, rank) if side == PEER else Ours(model, rank)
-        arm.load(model.gate(rank))
-        arm.forward(), arm.backward()
-        found["gate"][rank] = check(arm.values(), torch.load(gate), GRADIENT[model.device])
-        arm.reset()
-        graphs = side != PEER and model.device == "cuda"
-        if graphs:
-            recorded = Graphed(arm)
-            for _ in range(2):  # recorded, then replayed
-                recorded.forward(), recorded.backward()
-            found["gate"][f"{rank} graphs"] = check(recorded.values(), torch.load(gate), GRADIENT[model.device])
-            del recorded
-            freed()
-        for work in (work for work in model.works() if work.lora and work.lora.rank == rank):
-            arm.load(work)
-            rows = found["settings"].setdefault(work.name, {})
-            rows[PEER if side == PEER else "ours"] = in_setting(lambda arm=arm: arm, model.device, trials)
-            if graphs:
-                rows["ours_graphs"] = in_setting(lambda arm=arm: Graphed(arm), model.device, trials)
-        del arm
-        freed()
-    return found
-
-
-# In the parent
+ARMS = ("ours", "ours_graphs")
+COMPILE = "compile"  # of the children: they compile our kernels
+TRIALS = 30
+LIMIT, LIMIT_COMPILE = 600, 120  # seconds of one process
 
 
 def means(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +69,12 @@ def told(model: Model, row: Mapping[str, Any]) -> list[str]:
     """A model's lines: each figure beside its claim, beaten or not."""
     if "error" in row:
         return [f"{model.title:16} RED, no number: {row['error'][:400]}"]
-    lines = []
+    lines = [
+        f"{model.title:16} rank {rank:9} {side}: worst gradient {seen['worst_gradient']:.1e} from float32"
+        + (f", the peer's there {seen['peers']:.1e}" if "peers" in seen else "")
+        for side, gates in row["gate"].items()
+        for rank, seen in gates.items()
+    ]
     for arm, found in row["means"].items():
         for name in DIRECTIONS:
             for what, claim in zip(("speed", "memory"), model.claims[name], strict=True):
@@ -223,35 +99,91 @@ def _line(model: Model, arm: str, name: str, what: str, claim: float, found: Map
     )
 
 
-def spawn(side: str, name: str, folder: Path, trials: int) -> dict[str, Any]:
-    """What the child wrote, or its `error`."""
-    part, log = folder / f"{side}.json", folder / f"{side}.log"
-    command = [sys.executable, "-m", "benchmarks.lora.run", "--child", side, "--model", name, "--out", str(part)]
-    command += ["--trials", str(trials), "--folder", str(folder)]
-    try:
-        with log.open("w") as out:
-            code = children.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=out, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        return {"error": f"{side}: it took longer than {LIMIT} s"}
-    if code == 0:
-        return json.loads(part.read_text(encoding="utf-8"))
-    said = log.read_text(encoding="utf-8", errors="replace")
-    print(said[-3000:], file=sys.stderr, flush=True)
-    return {"error": f"{side}: {' | '.join(said.strip().splitlines()[-1:])[-300:]}"}
+class Child:
+    """A process that imports what it needs, and waits for its turn."""
+
+    def __init__(self, side: str, name: str, folder: Path, trials: int) -> None:
+        self.side, self.part, self.log = side, folder / f"{side}.json", folder / f"{side}.log"
+        command = [sys.executable, "-m", "benchmarks.lora.run", "--child", side, "--model", name]
+        command += ["--out", str(self.part), "--trials", str(trials), "--folder", str(folder)]
+        with ExitStack() as opened:
+            out = opened.enter_context(self.log.open("w"))
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": out, "text": True}
+            self.process = opened.enter_context(children.started(command, cwd=ROOT, **pipes))
+            self._opened = opened.pop_all()
+
+    def turn(self, limit: float = LIMIT) -> dict[str, Any]:
+        """What it wrote, or its `error`."""
+        try:
+            self.process.communicate("go\n", timeout=limit)
+        except subprocess.TimeoutExpired:
+            return {"error": f"{self.side}: it took longer than {limit:.0f} s"}
+        finally:
+            self.close()
+        if self.process.returncode == 0:
+            return json.loads(self.part.read_text(encoding="utf-8"))
+        said = self.log.read_text(encoding="utf-8", errors="replace")
+        print(said[-3000:], file=sys.stderr, flush=True)
+        return {"error": f"{self.side}: {' | '.join(said.strip().splitlines()[-1:])[-300:]}"}
+
+    def close(self) -> None:
+        """Ends it."""
+        self._opened.close()
 
 
-def measure(name: str, folder: Path, trials: int) -> dict[str, Any]:
-    """A model's row: its settings and their means, or `error` and no number."""
+def measure(name: str, turn: Callable[[str], dict[str, Any]], trials: int) -> dict[str, Any]:
+    """A model's row: its settings and their means, or `error` and no number. `turn`: a side's part of it."""
     settings: dict[str, dict[str, Any]] = {}
     found: dict[str, Any] = {"title": ALL[name].title, "trials": trials, "gate": {}}
     for side in (PEER, "ours"):
-        part = spawn(side, name, folder, trials)
+        part = turn(side)
         if "error" in part:
             return {"title": ALL[name].title, "error": part["error"]}
         found["gpu"], found["gate"][side] = part["gpu"], part["gate"]
         for work, rows in part["settings"].items():
             settings.setdefault(work, {}).update(rows)
     return found | {"settings": settings, "means": means(settings)}
+
+
+def run(names: list[str], folder: Path, trials: int, keep: Callable[[str, dict[str, Any]], None]) -> None:
+    """Hands each model's row to `keep` when it is there."""
+    waiting: dict[tuple[str, str], Child] = {}
+    with ExitStack() as ending:
+        for name in names:
+            (folder / name).mkdir()
+            sides = (COMPILE, PEER, "ours") if ALL[name].device == "cuda" else (PEER, "ours")
+            for side in sides:
+                waiting[name, side] = Child(side, name, folder / name, trials)
+                ending.callback(waiting[name, side].close)
+        first = [child for (_, side), child in waiting.items() if side == COMPILE]
+        with ThreadPoolExecutor(max(len(first), 1)) as pool:  # what keeps one from its end keeps ours from a number too
+            list(pool.map(lambda child: child.turn(LIMIT_COMPILE), first))
+        for name in names:
+            began = time.time()
+            row = measure(name, lambda side, name=name: waiting[name, side].turn(), trials)
+            keep(name, row | {"wall_seconds": time.time() - began})
+
+
+def run_child(options: argparse.Namespace) -> int:
+    """Imports, waits for a line on standard input, and writes what it was asked for."""
+    import torch
+
+    from chronicals.train.graph import own_stream
+
+    side, model = options.child, ALL[options.model[0]]
+    imported(side, model)
+    gc.freeze()  # each recording collects garbage: not among what was imported
+    if not sys.stdin.readline():
+        return 1  # the parent has ended
+    device = torch.device("cpu" if side == PEER else model.device)  # the peer's stream is the default one
+    found: dict[str, Any] = {}
+    with own_stream(device):
+        if side == COMPILE:
+            compiled(model)
+        else:
+            found = child(side, model, options.folder, options.trials)
+    options.out.write_text(json.dumps(found), encoding="utf-8")
+    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -263,11 +195,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    names = options.model or list(MODELS)
     if options.child:
-        found = child(options.child, ALL[names[0]], options.folder, options.trials)
-        options.out.write_text(json.dumps(found), encoding="utf-8")
-        return 0
+        return run_child(options)
+    names = [name for name in ALL if name in (options.model or MODELS)]
     import torch
 
     if any(ALL[name].device == "cuda" for name in names) and not torch.cuda.is_available():
@@ -275,14 +205,16 @@ def main(argv: list[str]) -> int:
         return 2
     where = machine(argv, options.commit) | {"command": " ".join(["python -m benchmarks.lora.run", *argv])}
     known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"models": {}}
-    for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            row = where | measure(name, Path(folder), options.trials)
-        known["models"][name] = row
+
+    def keep(name: str, row: dict[str, Any]) -> None:
+        known["models"][name] = where | row
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         for line in told(ALL[name], row):
             print(line, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        run(names, Path(folder), options.trials, keep)
     red = sum("error" in known["models"][name] for name in names)
     print(f"{red} red; wrote {options.out}")
     return min(red, 1)
