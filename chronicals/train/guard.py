@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from chronicals.errors import GuardError
-from chronicals.train.digest import digests
+from chronicals.train.digest import digests_for
 
 HORIZON = 50
 _SHOWN = 4  # tensors named in a message
@@ -69,7 +69,8 @@ class Guard:
         self._bad_loss = torch.zeros((), device=device)
         self._bad_norms = torch.zeros(len(live), device=device)
         self._reached = torch.zeros(len(live), dtype=torch.bool, device=device)  # had a gradient other than zero
-        self._before = digests(live.values())  # weights at the start of the present span of `horizon` steps
+        self._digests = digests_for(list(live.values()))
+        self._before = self._digests(list(live.values()))  # weights at the start of the present span of `horizon` steps
         self._span = 0  # steps of that span that count
         self._stuck = torch.zeros_like(self._reached)
         self._stuck_step = 0
@@ -119,7 +120,7 @@ class Guard:
         self._span += lr > 0 and lr >= self._min_lr
         if self._span < self._horizon:
             return
-        now = digests(self._weights().values())
+        now = self._digests(list(self._weights().values()))
         self._stuck, self._stuck_step = self._stuck | (now == self._before), step
         self._before, self._span = now, 0
 
