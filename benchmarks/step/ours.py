@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -186,7 +187,7 @@ def judged(
     """
     errors, theirs = relative_errors(grads, exact), theirs or {}
     limits = {name: max(limit, ROUNDED * theirs.get(name, 0.0)) for name in errors}
-    worst = max(errors, key=lambda name: errors[name] / limits[name])
+    worst = max(errors, key=lambda name: errors[name] / limits[name] if math.isfinite(errors[name]) else math.inf)
     assert errors[worst] <= limits[worst], (
         f"the gradient of {worst} is {errors[worst]:.1e} from float32, at most {limits[worst]:.1e}"
     )

@@ -205,6 +205,9 @@ def test_a_gradient_may_be_half_again_as_far_from_float32_as_transformers_is() -
     grads["v"] += 0.02
     with pytest.raises(AssertionError, match=r"the gradient of v is 6\.0e-02 from float32, at most 5\.0e-02"):
         judged(2.0, grads, 2.0, exact, 0.05, {"q": 0.1, "v": 0.01})
+    grads["v"][0] = float("nan")
+    with pytest.raises(AssertionError, match="the gradient of v is nan"):
+        judged(2.0, grads, 2.0, exact, 0.05, {"q": 0.1, "v": 0.01})
 
 
 def test_transformers_own_rounding_is_measured(checkpoint: Made) -> None:
