@@ -127,6 +127,8 @@ class Graphed:
     def __init__(self, ours: Ours) -> None:
         self.ours, self.pool = ours, torch.cuda.graph_pool_handle()
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        for buffer in ours.gradients.buffers.values():
+            buffer.zero_()  # the other's gradients would pass for those of graphs that write none
 
     def _run(self, name: str) -> None:
         if name in self.graphs:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -109,7 +110,8 @@ class Child:
         with ExitStack() as opened:
             out = opened.enter_context(self.log.open("w"))
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": out, "text": True}
-            self.process = opened.enter_context(children.started(command, cwd=ROOT, **pipes))
+            settings = os.environ | {"HF_HUB_OFFLINE": "1"}
+            self.process = opened.enter_context(children.started(command, cwd=ROOT, env=settings, **pipes))
             self._opened = opened.pop_all()
 
     def turn(self, limit: float = LIMIT) -> dict[str, Any]:
