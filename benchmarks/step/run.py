@@ -325,7 +325,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--arm", action="append", choices=names, help="only this one; may be repeated")
     parser.add_argument("--data", type=Path, help="for gsm8k: its train.jsonl, rows of question and answer")
     parser.add_argument("--steps", type=int, help="timed steps, where not 24")
-    parser.add_argument("--profile", action="store_true", help="where our step goes, kernel by kernel")
+    parser.add_argument("--profile", action="store_true", help="where our step goes, kernel by kernel (not gsm8k)")
     parser.add_argument("--warm", action="append", choices=names, help="start it again on warm caches (ours)")
     parser.add_argument(
         "--at-once",
@@ -358,6 +358,8 @@ def main(argv: list[str]) -> int:
     if GSM8K in works and options.data is None:
         print("error: gsm8k needs --data FILE, its train.jsonl with question and answer", file=sys.stderr)
         return 2
+    if GSM8K in works and options.profile:
+        print("note: --profile is of steps that stand alone; gsm8k runs whole trainers and gets none", file=sys.stderr)
     if any(work.device == "cuda" for work in works) and not torch.cuda.is_available():
         print("error: no GPU here, so nothing was measured; run this on a machine that has one", file=sys.stderr)
         return 2

@@ -138,8 +138,6 @@ def ours(spec: SftSpec, folder: Path, file: Path, started: float, turns: Turns) 
         optimizer="adamw" if spec.precision == "fp32" else "adamw_bf16_sr",
         learning_rate=LEARNING_RATE,
         lr_scheduler="constant",
-        recompute="none",  # of as many layers as leave the step below its peers' memory
-        recompute_layers=12,
         logging_steps=MARKS[0],
         save_strategy="no",
         output_dir=str(out),
@@ -162,5 +160,5 @@ def ours(spec: SftSpec, folder: Path, file: Path, started: float, turns: Turns) 
     logs = {name: {"first": rows[1][name], "last": rows[MARKS[-1]][name]} for name in ("loss", "grad_norm")}
     tokens = {step: rows[step]["tokens"] for step in MARKS}
     return row_of(marks, tokens, logs, first.at - started - turns.waited, memory) | {
-        "chosen": {"optimizer": config.optimizer, "recompute": "none in 12 layers"}
+        "chosen": {"optimizer": config.optimizer, "recompute": config.recompute}
     }

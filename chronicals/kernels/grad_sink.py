@@ -43,8 +43,8 @@ class GradSink(Protocol):
         like in other layers. None: the caller adds them up."""
 
     def scratch(self, parameter: Tensor) -> Tensor | None:
-        """Memory to work in before `parameter` is closed: float32, of its shape, contents undefined. None: there is
-        none to spare."""
+        """(n,) uint8, memory to work in before `parameter` is closed, contents undefined. None: there is none to
+        spare."""
 
 
 class Stack:
@@ -146,11 +146,10 @@ class InPlace:
             return None
         own = self.buffers[parameter]
         start = (own.data_ptr() - self.flat.data_ptr()) // self.flat.element_size()
-        room = max(self.flat[:start], self.flat[start + own.numel() :], key=len)
-        needed = parameter.numel() * torch.float32.itemsize // self.flat.element_size()
-        aligned = -(-room.data_ptr() // 256) * 256 - room.data_ptr()
-        room = room[aligned // self.flat.element_size() :][:needed]
-        return room.view(torch.float32).view(parameter.shape) if len(room) == needed else None
+        room = max(self.flat[:start], self.flat[start + own.numel() :], key=len).view(torch.uint8)
+        aligned = -room.data_ptr() % 256
+        room = room[aligned : aligned + (len(room) - aligned) // 16 * 16]
+        return room if len(room) else None
 
 
 class Autograd:

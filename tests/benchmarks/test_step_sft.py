@@ -107,6 +107,12 @@ def test_gsm8k_needs_its_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: gsm8k needs --data FILE, its train.jsonl with question and answer\n"
 
 
+def test_gsm8k_says_that_it_has_no_profile(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main(["--work", "gsm8k", "--data", "train.jsonl", "--profile"]) == 2
+    assert capsys.readouterr().err.startswith("note: --profile is of steps that stand alone; gsm8k runs whole trainers")
+
+
 def test_ratios_and_memory_of_gsm8k_are_to_each_peer() -> None:
     rates = {"ours": 190e3, "unsloth_packed": 55e3, "unsloth_default": 30e3, "trl_liger": 12e3}
     gib = {"ours": 9.0, "unsloth_packed": 10.0, "unsloth_default": 10.0, "trl_liger": 20.0}

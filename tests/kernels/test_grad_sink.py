@@ -150,15 +150,15 @@ def test_scratch_is_room_of_gradients_that_come_later() -> None:
     sink = InPlace(buffers, accumulate=False, flat=flat)
     sink.open(head)
     scratch = sink.scratch(head)
-    assert scratch is not None and (scratch.shape, scratch.dtype) == (head.shape, torch.float32)
+    assert scratch is not None and scratch.dtype == torch.uint8
+    assert 0 < len(scratch) <= flat[32:].nbytes and len(scratch) % 16 == 0
     assert scratch.data_ptr() % 256 == 0, "kernels were compiled for this alignment"
-    scratch.fill_(1.0)
+    scratch.fill_(1)
     assert flat[:32].abs().sum() == 0, "its own gradient is no scratch"
     assert flat[32:].abs().sum() > 0
     sink.start()
     sink.open(other)
     assert sink.scratch(head) is None, "something is written there"
-    assert sink.scratch(other) is None, "too small"
     assert InPlace(buffers, accumulate=False).scratch(head) is None
 
 

@@ -78,7 +78,7 @@ def test_one_micro_batch_keeps_the_weights_dtype() -> None:
 def test_gradients_that_come_later_are_lent_to_the_head() -> None:
     model, _ = gradients_of(torch.bfloat16, accumulate=False)
     scratch = model.sink.scratch(model.head_weight)
-    assert scratch is not None and scratch.shape == model.head_weight.shape
+    assert scratch is not None and scratch.nbytes >= 4 * model.head_weight.numel()
     for dtype, accumulate in ((torch.bfloat16, True), (torch.float32, False)):
         model, _ = gradients_of(dtype, accumulate=accumulate)
         assert model.sink.scratch(model.head_weight) is None, "it has a float32 buffer"

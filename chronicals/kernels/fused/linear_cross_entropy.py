@@ -6,7 +6,9 @@ gradients, dH = dlogits W and dW = dlogits^T H. With R supervised rows, V column
 `fast` walks chunks of rows, each against the whole vocabulary: logits = h W^T, the row kernel turns them into dlogits
 in place and into losses, dH = dlogits W, dW += dlogits^T h. Three matmuls of 2 R V H, one write and three reads of the
 R V logits beside (four and five with what the matmuls themselves write and read), a chunk of logits in memory. dW adds
-up in float32: in the caller's buffer where that is float32, else in a scratch where there is more than one chunk.
+up in float32: in the caller's buffer where that is float32, else in a scratch where there is more than one chunk. Where
+one chunk is all, its logits lie in memory that the sink lends (gradients that come later), whole or, where that is too
+small, their first columns: then both walks of `frugal` run, over two blocks whose logits are kept.
 
 `frugal` walks blocks of columns, each for all rows, twice: first only the maximum and the sum of each row (online
 softmax); then the logits again, dlogits in place, the block's rows of dW written once, dH added up in float32. Four
@@ -50,6 +52,7 @@ FRUGAL_COLUMNS = 6000  # a block of dlogits is then read back from L2, in part
 ALIGNMENT = 64  # columns: row strides that cuBLAS's widest loads take, whatever the vocabulary
 PLAIN = HeadOptions()
 KEPT_FREE = 0.1  # of the free memory, for fragmentation
+LEAST_LENT = 0.25  # of the columns: less is not worth a second sweep that finds nothing in L2
 
 
 class Plan(NamedTuple):
@@ -130,8 +133,48 @@ def _blocks(vocab: int, columns: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
 
 
-def _logits_buffer(rows: int, columns: int, weight: Tensor) -> Tensor:
-    return torch.empty(rows, _round_up(columns, ALIGNMENT), dtype=weight.dtype, device=weight.device)
+def _logits_buffer(rows: int, columns: int, weight: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """(rows, at least `columns`), in `scratch` where there is one."""
+    shape = rows, _round_up(columns, ALIGNMENT)
+    if scratch is None:
+        return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    return scratch.view(weight.dtype)[: shape[0] * shape[1]].view(shape)
+
+
+def _lent_columns(rows: int, weight: Tensor, scratch: Tensor | None) -> int:
+    """How many columns of the logits (rows, V) lie in `scratch`: all, none, or whole tiles of the matmul."""
+    vocab = len(weight)
+    if scratch is None or rows == 0:
+        return 0
+    room = scratch.nbytes // (rows * weight.element_size()) // 128 * 128
+    if room >= _round_up(vocab, ALIGNMENT):
+        return vocab
+    room = min(room, (vocab - 2) // 128 * 128)
+    return room if room >= LEAST_LENT * vocab else 0
+
+
+def _kept_logits(rows: int, weight: Tensor, scratch: Tensor, columns: int) -> list[tuple[slice, Tensor]]:
+    """Blocks of columns and where the logits of each lie: the first `columns` in `scratch`."""
+    rest = _logits_buffer(rows, len(weight) - columns, weight)
+    more = _blocks(len(weight) - columns, len(weight))
+    return [
+        (slice(0, columns), _logits_buffer(rows, columns, weight, scratch)),
+        *((slice(columns + block.start, columns + block.stop), rest[:, block]) for block in more),
+    ]
+
+
+def _passing_logits(rows: int, weight: Tensor, columns: int) -> list[tuple[slice, Tensor]]:
+    """Blocks of at most `columns`, whose logits lie in one place, one after another."""
+    vocab = len(weight)
+    buffer = _logits_buffer(rows, min(columns, vocab), weight)
+    return [(block, buffer[:, : block.stop - block.start]) for block in _blocks(vocab, columns)]
+
+
+def _fp32(scratch: Tensor | None, weight: Tensor) -> Tensor | None:
+    """`scratch` as float32 of the weight's shape, where it is large enough."""
+    if scratch is None or scratch.nbytes < 4 * weight.numel():
+        return None
+    return scratch.view(torch.float32)[: weight.numel()].view(weight.shape)
 
 
 def linear_cross_entropy_by_rows(
@@ -161,7 +204,8 @@ def linear_cross_entropy_by_rows(
         dhidden: (T, H) or longer, last stride 1. Overwritten, by zero where there is no target. None: unwanted.
         dweight: (V, H). Overwritten, or added to if `add`. None: unwanted.
         chunk_rows: rows whose logits exist at a time.
-        scratch: (V, H) float32, any contents: where several chunks add up a dW that is not float32. None: allocated.
+        scratch: (n,) uint8, any contents: where several chunks add up a dW that is not float32, or where the logits of
+            a single chunk lie. None, or too small: allocated.
     """
     (rows,), (vocab, features) = target_rows.shape, weight.shape
     chunk_rows = min(chunk_rows, rows)
@@ -169,16 +213,17 @@ def linear_cross_entropy_by_rows(
         dhidden.zero_()
     if rows == 0:
         return _nothing_for(dweight, add)
-    buffer = _logits_buffer(chunk_rows, vocab, weight)
+    lent = chunk_rows == rows and _lent_columns(rows, weight, scratch) == vocab
+    buffer = _logits_buffer(chunk_rows, vocab, weight, scratch if lent else None)
     h_buffer = torch.empty(chunk_rows, features, dtype=weight.dtype, device=weight.device)
     blocks = _blocks(vocab, vocab)
     exact = torch.float32 if len(blocks) > 1 else weight.dtype  # two products are added up before they are rounded
     dh_buffer = None if dhidden is None else torch.empty_like(h_buffer, dtype=exact)
     total, adding = dweight, add
     if dweight is not None and dweight.dtype != torch.float32 and chunk_rows < rows:
-        if scratch is None:
-            scratch = torch.empty(vocab, features, dtype=torch.float32, device=weight.device)
-        total, adding = scratch, False
+        total, adding = _fp32(scratch, weight), False
+        if total is None:
+            total = torch.empty(vocab, features, dtype=torch.float32, device=weight.device)
     for start in range(0, rows, chunk_rows):
         part = slice(start, min(start + chunk_rows, rows))
         count = part.stop - start
@@ -205,21 +250,20 @@ def linear_cross_entropy_losses(
     targets: Tensor,
     *,
     options: HeadOptions = PLAIN,
-    block_columns: int,
+    blocks: list[tuple[slice, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """Losses and log-sum-exps, (R,) float32 each, in one walk over blocks of columns: the forward without gradients.
 
-    Arguments as in `linear_cross_entropy_by_rows`; `block_columns`: columns whose logits exist at a time.
+    Arguments as in `linear_cross_entropy_by_rows`; `blocks`: of columns, in order, with memory for each one's logits.
     """
     (rows,), (vocab, features) = target_rows.shape, weight.shape
     state = Softmax.empty(rows, weight.device)
     if rows == 0:
         return state.losses, state.lse
-    buffer = _logits_buffer(rows, min(block_columns, vocab), weight)
     h = torch.empty(rows, features, dtype=weight.dtype, device=weight.device)
     gather_rows(hidden, target_rows, targets, h)
-    for block in _blocks(vocab, block_columns):
-        logits = torch.mm(h, weight[block].T, out=buffer[:, : block.stop - block.start])
+    for block, logits in blocks:
+        torch.mm(h, weight[block].T, out=logits)
         losses_of_block(logits, targets, state, block.start, vocab, options)
     return state.losses, state.lse
 
@@ -236,24 +280,25 @@ def linear_cross_entropy_gradients(
     *,
     add: bool = False,
     options: HeadOptions = PLAIN,
-    block_columns: int,
+    blocks: list[tuple[slice, Tensor]],
+    kept: bool = False,
 ) -> None:
     """Gradients in one walk over blocks of columns, given the log-sum-exps (R,) of the walk before.
 
     Arguments as in `linear_cross_entropy_by_rows`, but `scale` may be (R,) float32, one a row. dW is written once, so
-    it needs no scratch.
+    it needs no scratch. `kept`: the logits of all `blocks` are there still; they are overwritten.
     """
     (rows,), (vocab, features) = target_rows.shape, weight.shape
     if dhidden is not None:
         dhidden.zero_()
     if rows == 0:
         return _nothing_for(dweight, add)
-    buffer = _logits_buffer(rows, min(block_columns, vocab), weight)
     h = torch.empty(rows, features, dtype=weight.dtype, device=weight.device)
     gather_rows(hidden, target_rows, targets, h)
     dh = None if dhidden is None else torch.empty_like(h, dtype=torch.float32)
-    for block in _blocks(vocab, block_columns):
-        logits = torch.mm(h, weight[block].T, out=buffer[:, : block.stop - block.start])
+    for block, logits in blocks:
+        if not kept:
+            torch.mm(h, weight[block].T, out=logits)
         dlogits_of_block_(logits, targets, scale, lse, block.start, vocab, options)
         if dh is not None:
             matmul_into(dh, block.start > 0, logits, weight[block])
@@ -306,7 +351,9 @@ class _Sum(torch.autograd.Function):
         inputs = (hidden, weight, target_rows, targets)
         wanted = _Wanted.open(hidden, weight, ctx.needs_input_grad, sink)
         gradients = (wanted.dhidden, wanted.dweight)
-        if plan.chunk_rows:
+        rows, vocab = len(targets), len(weight)
+        lent = _lent_columns(rows, weight, scratch) if plan.chunk_rows >= rows else 0
+        if plan.chunk_rows and (scratch is None or lent in (0, vocab)):
             losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
             linear_cross_entropy_by_rows(
                 *inputs,
@@ -319,9 +366,14 @@ class _Sum(torch.autograd.Function):
                 scratch=scratch,
             )
         else:
-            losses, lse = linear_cross_entropy_losses(*inputs, options=options, block_columns=plan.block_columns)
+            kept = bool(plan.chunk_rows)
+            if kept and scratch is not None:
+                blocks = _kept_logits(rows, weight, scratch, lent)
+            else:
+                blocks = _passing_logits(rows, weight, plan.block_columns)
+            losses, lse = linear_cross_entropy_losses(*inputs, options=options, blocks=blocks)
             linear_cross_entropy_gradients(
-                *inputs, grad_scale, lse, *gradients, add=wanted.add, options=options, block_columns=plan.block_columns
+                *inputs, grad_scale, lse, *gradients, add=wanted.add, options=options, blocks=blocks, kept=kept
             )
         ctx.gradients = (*gradients, wanted.close(weight, sink))
         return losses.sum() * grad_scale[0]
@@ -356,7 +408,12 @@ class _Rows(torch.autograd.Function):
         sink: GradSink | None,
     ) -> Tensor:
         losses, lse = linear_cross_entropy_losses(
-            hidden, weight, target_rows, targets, options=options, block_columns=block_columns
+            hidden,
+            weight,
+            target_rows,
+            targets,
+            options=options,
+            blocks=_passing_logits(len(targets), weight, block_columns),
         )
         ctx.save_for_backward(hidden, weight, target_rows, targets, grad_scale, lse)
         ctx.rest = block_columns, options, sink
@@ -379,7 +436,7 @@ class _Rows(torch.autograd.Function):
             wanted.dweight,
             add=wanted.add,
             options=options,
-            block_columns=block_columns,
+            blocks=_passing_logits(len(targets), weight, block_columns),
         )
         return wanted.dhidden, wanted.close(weight, sink), *(None,) * 6
 
@@ -398,7 +455,9 @@ def _fused(call: Call) -> Tensor:
     summed = call.reduction == "sum" and call.wants_gradients
     rounds = summed and weight.requires_grad and weight.dtype != torch.float32
     scratch = call.sink.scratch(weight) if rounds and call.sink is not None else None
-    plan = plan_for(call.mode, call.chunk_rows, len(target_rows), hidden, weight, rounds and scratch is None)
+    plan = plan_for(
+        call.mode, call.chunk_rows, len(target_rows), hidden, weight, rounds and _fp32(scratch, weight) is None
+    )
     inputs = (hidden, weight, target_rows, targets, grad_scale)
     if summed:
         loss: Tensor = _Sum.apply(*inputs, plan, call.options, call.sink, scratch)

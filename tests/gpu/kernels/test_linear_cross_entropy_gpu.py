@@ -323,6 +323,33 @@ def test_extra_memory_where_the_sink_lends_the_scratch() -> None:
     assert relative_error(sink.buffers[weight], whole) < 3e-3
 
 
+@pytest.mark.parametrize("share", [1.0, 0.57])
+def test_logits_of_a_single_chunk_lie_in_what_the_sink_lends(share: float) -> None:
+    """At 4096 x 896 x 151936, all of them or a part: the rest is allocated, and loss and gradients are as near."""
+    hidden, weight, *rest = problem(4096, 896, 151936, torch.bfloat16, every=1, padding=0)
+    hidden.requires_grad_()
+    weight = torch.nn.Parameter(weight)
+    alone = fused.linear_cross_entropy(hidden, weight, *rest, mode="fast")
+    expected = torch.autograd.grad(alone, [hidden, weight])
+    size, logits = weight.numel(), 4096 * 151936
+    flat = torch.full((size + int(share * logits) + 1024,), math.nan, device="cuda", dtype=torch.bfloat16)
+    sink = InPlace({weight: flat[:size].view(weight.shape)}, accumulate=False, flat=flat)
+    for _ in range(2):
+        sink.start()
+        hidden.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss = fused.linear_cross_entropy(hidden, weight, *rest, mode="fast", sink=sink)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - hidden.nbytes
+        loss.backward()
+    assert extra <= 2 * (1 - share) * logits + 4 * hidden.nbytes + 2**22
+    assert relative_error(loss, alone) < 1e-6
+    for found, wanted in zip((hidden.grad, sink.buffers[weight]), expected, strict=True):
+        assert relative_error(found, wanted) < 3e-3
+
+
 def test_agrees_with_the_plain_op() -> None:
     inputs = problem(760, 896, 8193, torch.bfloat16)
     for one, other in zip(outcome(fused.linear_cross_entropy, inputs), outcome(plain, inputs), strict=True):

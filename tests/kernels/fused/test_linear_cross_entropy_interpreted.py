@@ -267,6 +267,35 @@ def test_chunks_are_added_up_in_float32_in_what_the_sink_lends() -> None:
         assert flat is None or not flat[weight.numel() :].isnan().all()
 
 
+@pytest.mark.parametrize("vocab", [512, 515, 770, 769])
+@pytest.mark.parametrize("columns", [0, 128, 256, 512, 1024])  # that the sink has room for
+def test_a_single_chunk_has_its_logits_in_what_the_sink_lends(
+    columns: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, *rest = problem(7, 8, vocab)
+    hidden, weight = hidden.half(), weight.half()
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    alone = fused.linear_cross_entropy(*inputs, *rest, mode="fast")
+    expected = torch.autograd.grad(alone, inputs)
+    size, rows = weight.numel(), len(rest[0])
+    flat = torch.full((size + rows * columns + 256,), math.nan, dtype=torch.float16)
+    sink = InPlace({weight: flat[:size].view(weight.shape)}, accumulate=False, flat=flat)
+    made = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: made.append(shape) or empty(*shape, **how))
+    loss = fused.linear_cross_entropy(*inputs, *rest, mode="fast", sink=sink)
+    monkeypatch.undo()
+    loss.backward()
+    lent = vocab if columns >= fused._round_up(vocab, 64) else min(columns, (vocab - 2) // 128 * 128)
+    lent = lent if lent >= fused.LEAST_LENT * vocab else 0
+    logits = [shape for (shape, *more) in made if not more and type(shape) is tuple]
+    left = vocab - lent
+    assert logits == ([(rows, fused._round_up(left, 64))] if left else []), "no more than what is not lent"
+    torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
+    for found, wanted in zip((hidden.grad, sink.buffers[weight]), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("op", [fused.linear_cross_entropy, plain.linear_cross_entropy], ids=["fused", "plain"])
 def test_a_factor_that_comes_too_late_for_the_sink_is_nan(op) -> None:
     hidden, weight, *rest = problem(3, 8, 50)
