@@ -114,7 +114,7 @@ LORA_ARMS: dict[str, Spec] = {
         f"ours_mlp{n}": Spec(
             "ours", options={"recompute": "mlp", "layers": str(n)}, about=f"the MLP of {n} layers recomputed"
         )
-        for n in (2, 4, 8, 10, 12)
+        for n in (1, 2, 4, 8, 10, 12)
     },
     "ours_none": ARMS["ours_none"],
     "ours_dropout": Spec("ours", options={"variant": "dropout"}, about="dropout 0.05"),

@@ -154,11 +154,13 @@ def least_bytes(work: Work, *, master: bool, glu_inside: bool) -> dict[str, floa
     if lora:  # nor weights' gradients, but thin matmuls: x and dy of every fused projection, forward and backward
         sides = 2 * s.hidden + s.heads * s.head_dim + s.intermediate  # qkv and gate-up read one x each
         outs = (s.heads + 2 * s.kv_heads) * s.head_dim + 2 * s.hidden + 2 * s.intermediate
+        # u of gate-up and t of down may come with a matmul: what is left reads and writes its output
+        beside = sum(max(0, wide - 2 * s.hidden) for wide in (2 * s.intermediate, s.intermediate))
         return {
             "head": 2 * 2 * tokens * s.vocab,
             "norms": s.layers * 2 * 8 * wide + 6 * wide,
             "elementwise": s.layers * (2 * 2 * qk + glu) + 2 * wide,
-            "thin matmul": 2 * 2 * tokens * s.layers * (sides + outs),
+            "thin matmul": 2 * tokens * s.layers * (2 * (sides + outs) - beside),
             "optimizer": (30 if master else 16) * s.layers * lora.layer_weights(s),
         }
     return {

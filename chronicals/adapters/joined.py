@@ -10,6 +10,15 @@ With the adapters of a projection stacked, A (R, in) and B (out, R), which has a
 t and u lie in the room behind x and dy (models/projection.py), so nothing is copied or read again to be added to, and
 the thin matmuls that make them read x and dy once for all targets. For backward t alone is kept, which is (T, R).
 
+Where dy is much wider than x, as gate's and up's is, u's pass over it takes longer than one over dx. If the tiles that
+the matmul cuts dx into have columns to spare, it makes u beside dx for nothing, and what is left adds to dx; likewise t
+of a down projection:
+
+    [dx | v] = dy [W, B]        u = s v        dx += u A
+    [y | v] = x [W; A]'         t = s v        y += t B'
+
+dx and y are rounded once more then, as they are where adapters are not joined.
+
 W is a view of U. A and B of each target stay parameters of their own, as PEFT has them, and are copied into U at the
 start of each micro-batch (`placements`). Dropout and DoRA, which are more than one matmul, are in joined_variants.py.
 
@@ -31,6 +40,8 @@ from chronicals.kernels.grad_sink import WeightGradients
 from chronicals.kernels.lora_thin import Block
 from chronicals.models.projection import GLU, Projection, widened
 
+WIDER = 4  # times, from which on t or u is made beside the other product of its matmul
+TILE = 256  # columns that a matmul of cuBLAS cuts its output into, at the most that matters
 ROOM = 16  # elements: rows of wide buffers begin at multiples that matmuls ask for (8) and Triton knows of (16)
 
 
@@ -40,12 +51,17 @@ class JoinedLoRA(LoRAProjection):
     Args:
         base: the projection whose place it takes; its weight moves into the buffer.
         targets: by the last part of their names.
+
+    Attributes:
+        t_beside: whether forward makes t beside y, where the projection's output is not a GLU's input.
+        u_beside: whether backward makes u beside dx, where x is not a GLU's product.
     """
 
     joined: Tensor
     scales: Tensor | None
     joins_glu = True
     joins_glu_grad = True
+    beside = True  # whether the class can do so at all
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)
@@ -57,8 +73,15 @@ class JoinedLoRA(LoRAProjection):
         ]
         self.rank = starts[-1]
         self.in_room = self.out_room = -(-self.rank // ROOM) * ROOM
+        rows, columns = self.weight.shape
+        self.t_beside = self.bias is None and self._fits_beside(rows, columns)
+        self.u_beside = self._fits_beside(columns, rows)
         self._join()
         self._scale_ranks()
+
+    def _fits_beside(self, narrow: int, wide: int) -> bool:
+        """Whether thin columns beside an output that is `narrow` cost less than a pass over an input that is `wide`."""
+        return self.beside and wide >= WIDER * narrow and -narrow % TILE >= self.in_room
 
     def _scale_ranks(self) -> None:
         """One factor for all ranks, or one each, float32 whatever the dtype of the rest."""
@@ -99,6 +122,10 @@ class JoinedLoRA(LoRAProjection):
     def apart(self, x: Tensor) -> Tensor:
         return x.new_empty(len(x), self.in_room)
 
+    def whole(self) -> Tensor:
+        """U, all of it to be read."""
+        return self.joined
+
     def operands(self, x: Tensor, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows, columns = self.weight.shape
         left = widened(x, self.in_room)
@@ -116,7 +143,35 @@ class JoinedLoRA(LoRAProjection):
         return widened(d_out, self.out_room), self.joined[:, : self.weight.shape[1]]
 
     def forward(self, x: Tensor, out: Tensor | None = None, apart: Tensor | None = None) -> Tensor:
-        return Projection.forward(self, x, out, apart)
+        if not self.t_beside:
+            return Projection.forward(self, x, out, apart)
+        assert out is None, "y has t's columns behind it"
+        rows, columns = self.weight.shape
+        wide, t = x @ self.whole()[:, :columns].t(), self.kept(x) if apart is None else apart
+        return self._add(wide, self.joined[:rows, columns:].t(), t)
+
+    def _add(self, wide: Tensor, right: Tensor, kept: Tensor) -> Tensor:
+        """(T, N + R), [y | v] -> y + s v R, R (R, N) being `right`; s v is written to `kept` (T, R)."""
+        y, thin = wide.split(right.shape[::-1], dim=1)
+        return self.ops.lora_add_(y, thin, right, alpha=self.alpha, scales=self.scales, kept=kept)
+
+    def backward(
+        self,
+        d_out: Tensor,
+        x: Tensor,
+        kept: Tensor | None,
+        gradients: WeightGradients,
+        *,
+        y: Tensor | None = None,
+        read: bool = True,
+    ) -> Tensor | None:
+        if not (self.u_beside and read):
+            return super().backward(d_out, x, kept, gradients, y=y, read=read)
+        rows, columns = self.weight.shape
+        wide, u = d_out @ self.whole()[:rows], widened(d_out, self.out_room)[:, rows:]
+        d_x = self._add(wide, self.joined[rows:, :columns], u)
+        self.weight_grads(d_out, x, kept, gradients)
+        return d_x
 
     def input_grad(self, d_out: Tensor) -> Tensor:
         return Projection.input_grad(self, d_out)

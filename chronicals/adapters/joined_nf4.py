@@ -54,9 +54,13 @@ class JoinedNF4LoRA(JoinedLoRA):
             self._place = self.ops.place_adapters(list(super().placements()))
         self._place()
 
-    def operands(self, x: Tensor, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def whole(self) -> Tensor:
         self.use()
         self._place_adapters()
+        return super().whole()
+
+    def operands(self, x: Tensor, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.whole()
         return super().operands(x, apart)
 
     def fill_grad_room(self, d_out: Tensor) -> None:

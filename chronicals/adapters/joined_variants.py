@@ -40,6 +40,8 @@ from chronicals.models.projection import GLU, Projection, widened, with_room
 class JoinedDropout(JoinedLoRA):
     """`JoinedLoRA` with dropout of its adapters' inputs while training."""
 
+    beside = False
+
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)
         self.masked = self._masked()
@@ -147,6 +149,7 @@ class JoinedDoRA(JoinedLoRA, DoRAProjection):
     """
 
     joins_glu = False
+    beside = False
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)

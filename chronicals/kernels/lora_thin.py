@@ -5,7 +5,8 @@ Of a projection whose adapters are stacked, A (R, in) and B (out, R), which has 
     t = s x A'          u = s dy B          dB_i = dy_i' t_i          dA = u' x
 
 Each reads a wide matrix to make a thin one. They are a tenth of the work of the projection's own matmul at most, and
-bound by memory.
+bound by memory. Where x or dy is much wider than what is made of it, that matmul makes t or u as well, and `lora_add_`
+is what is left.
 
 Shapes: T tokens, R ranks of all adapters together, padded where the buffers are.
 """
@@ -73,6 +74,27 @@ def lora_up_backward(
     torch.addmm(out, d_out, b, beta=0, alpha=alpha, out=out)
     if scales is not None:
         out.mul_(scales)
+
+
+def lora_add_(
+    y: Tensor, thin: Tensor, right: Tensor, *, alpha: float, scales: Tensor | None = None, kept: Tensor
+) -> Tensor:
+    """`y += s v R`, where one matmul made y and v = x A' (R = B') or v = dy B (R = A) beside it.
+
+    Args:
+        y: (T, N), last stride 1: added to.
+        thin: v, (T, R), last stride 1.
+        right: (R, N).
+        alpha, scales: as in `lora_down`.
+        kept: (T, R), last stride 1: s v is written to it, t or u.
+
+    Returns:
+        y.
+    """
+    torch.mul(thin, alpha, out=kept)
+    if scales is not None:
+        kept.mul_(scales)
+    return y.addmm_(kept, right)
 
 
 def lora_grads(

@@ -43,6 +43,7 @@ class Ops:
     place_adapters: Callable[..., Callable[[], None]]
     lora_down: Callable[..., None]
     lora_up_backward: Callable[..., None]
+    lora_add_: Callable[..., Tensor]
     lora_grads: Callable[..., None]
     nf4_dequantize: Callable[..., Tensor]
     lora_dropout: Callable[..., LoRADropout]
@@ -72,6 +73,7 @@ REFERENCE = Ops(
     place_adapters=lora.place_adapters,
     lora_down=lora_thin.lora_down,
     lora_up_backward=lora_thin.lora_up_backward,
+    lora_add_=lora_thin.lora_add_,
     lora_grads=lora_thin.lora_grads,
     nf4_dequantize=nf4.dequantize,
     lora_dropout=LoRADropout,
@@ -108,6 +110,7 @@ def fused(
         glu,
         glu_matmul,
         linear_cross_entropy,
+        lora_add,
         lora_down,
         lora_dropout,
         lora_grads,
@@ -117,9 +120,11 @@ def fused(
         rope,
     )
 
-    down, up_backward, grads = lora_down.lora_down, lora_down.lora_up_backward, lora_grads.lora_grads
-    if dtype == torch.float32:  # cuBLAS, where there are no kernels of ours
-        down, up_backward, grads = lora_thin.lora_down, lora_thin.lora_up_backward, lora_thin.lora_grads
+    down, up_backward, add_, grads = (
+        (lora_thin.lora_down, lora_thin.lora_up_backward, lora_thin.lora_add_, lora_thin.lora_grads)
+        if dtype == torch.float32  # cuBLAS, where there are no kernels of ours
+        else (lora_down.lora_down, lora_down.lora_up_backward, lora_add.lora_add_, lora_grads.lora_grads)
+    )
     return Ops(
         embedding_forward=embedding.embedding_forward,
         embedding_backward=embedding.embedding_backward,
@@ -139,6 +144,7 @@ def fused(
         place_adapters=place_adapters.place_adapters,
         lora_down=down,
         lora_up_backward=up_backward,
+        lora_add_=add_,
         lora_grads=grads,
         nf4_dequantize=nf4.dequantize,
         lora_dropout=lora_dropout.FusedLoRADropout,

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from chronicals.adapters import joined as joined_module
 from chronicals.adapters.joined import ROOM, JoinedLoRA
 from chronicals.adapters.lora import PROJECTIONS, LoRA, adapter_tensors, add_lora
-from chronicals.adapters.unfused import LoRAProjection
+from chronicals.adapters.unfused import LoRAProjection, Target
 from chronicals.kernels.ops import REFERENCE, Ops
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
@@ -76,6 +77,45 @@ def test_values_and_gradients_are_the_unfused_ones(name: str, variant: str, poli
         assert gradient.norm() > 0 and relative_error(found[key], gradient) < 1e-11, key
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_made_beside_is_the_same(
+    name: str, variant: str, policy: Recompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined_module, "WIDER", 1)
+    with nan_filled_memory():
+        model = model_of(name, VARIANTS[variant])
+        beside = {m.t_beside or m.u_beside for m in model.modules() if isinstance(m, JoinedLoRA)}
+        assert beside == {True} or name == "biases everywhere"  # a matmul with a bias has no columns beside
+        model.set_recompute(policy)
+        found = gradients(model)
+    monkeypatch.undo()
+    expected = model_of(name, VARIANTS[variant])
+    assert not any(m.t_beside or m.u_beside for m in expected.modules() if isinstance(m, JoinedLoRA))
+    assert loss_of(model).item() == pytest.approx(loss_of(expected).item(), rel=1e-12)
+    for key, gradient in gradients(expected).items():
+        assert relative_error(found[key], gradient) < 1e-11, key
+
+
+@pytest.mark.parametrize(
+    ("shape", "r", "t_beside", "u_beside"),
+    [
+        ((9728, 896), 32, False, True),  # gate and up of Qwen2.5-0.5B
+        ((896, 4864), 32, True, False),
+        ((1152, 896), 32, False, False),
+        ((9728, 896), 80, False, False),  # its matmul would take another tile
+        ((28672, 4096), 32, False, False),
+    ],
+)
+def test_where_it_pays(shape: tuple[int, int], r: int, t_beside: bool, u_beside: bool) -> None:
+    half = shape[0] // 2
+    targets = {name: Target(slice(i * half, (i + 1) * half), r, 1.0, i) for i, name in enumerate(("gate", "up"))}
+    plain = [Projection(*shape[::-1], REFERENCE, bias=bias, device="meta") for bias in (False, True)]
+    found = [JoinedLoRA(projection, targets) for projection in plain]
+    assert [(one.t_beside, one.u_beside) for one in found] == [(t_beside, u_beside), (False, u_beside)]
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("variant", ["all", "q and v", "patterns"])
 def test_buffers_of_our_own_get_the_same(variant: str, accumulate: bool) -> None:
@@ -117,7 +157,9 @@ def test_nothing_unwritten_is_read(variant: str, policy: Recompute) -> None:
         assert all(bool(gradient.isfinite().all()) for gradient in gradients(model).values())
 
 
-def test_bf16_is_as_near_to_float64_as_unfused() -> None:
+@pytest.mark.parametrize("wider", [joined_module.WIDER, 1])
+def test_bf16_is_as_near_to_float64_as_unfused(wider: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined_module, "WIDER", wider)
     lora = VARIANTS["all"]
     exact = gradients(model_of("window", lora))
     errors = {}

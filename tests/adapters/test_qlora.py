@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from chronicals.adapters import joined as joined_module
 from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.joined_nf4 import JoinedNF4LoRA
 from chronicals.adapters.lora import PROJECTIONS, LoRA, add_lora, all_linear
@@ -64,9 +65,14 @@ def theirs_of(base: Path, targets: list[str] | None, folder: Path, **options: An
     return model
 
 
-@pytest.mark.parametrize("joined", [PROJECTIONS, ()], ids=["joined", "unfused"])
+@pytest.mark.parametrize(
+    ("joined", "wider"), [(PROJECTIONS, 4), (PROJECTIONS, 1), ((), 4)], ids=["joined", "joined, beside", "unfused"]
+)
 @pytest.mark.parametrize("targets", PARTS)
-def test_logits_loss_and_every_gradient(base: Path, targets: str, joined: Collection[str], tmp_path: Path) -> None:
+def test_logits_loss_and_every_gradient(
+    base: Path, targets: str, joined: Collection[str], wider: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joined_module, "WIDER", wider)
     theirs, ours = theirs_of(base, PARTS[targets], tmp_path), load_model(base)
     add_lora(ours, LoRA(3, 6, tuple(PARTS[targets] or all_linear(ours.config))), joined=joined)
     fill_adapter(ours, tmp_path)

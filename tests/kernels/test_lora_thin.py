@@ -22,6 +22,13 @@ def test_values(parts: tuple[tuple[int, int], ...], alike: bool) -> None:
     assert worst(case.grads(REFERENCE, copy, u), case.exact_grads(t, u)) < 1e-6
 
 
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("forward", [True, False])
+def test_what_is_left_behind_a_matmul(forward: bool, alike: bool) -> None:
+    found, exact = Case(13, 10, Q_AND_V, alike=alike, dtype=torch.float32).added(REFERENCE, forward=forward)
+    assert worst(found, exact) < 1e-6
+
+
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("add", [False, True])
 def test_gradients_of_bf16(kept: torch.dtype, add: bool) -> None:
@@ -39,12 +46,12 @@ def test_a_frozen_adapter_is_left_out() -> None:
 
 
 def test_float32_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from chronicals.kernels.fused import attention, glu_matmul, lora_down, lora_grads
+    from chronicals.kernels.fused import attention, glu_matmul, lora_add, lora_down, lora_grads
 
     monkeypatch.setattr(attention, "backend_for", lambda *_, **__: ByDevice())  # ask the GPU what it is
     monkeypatch.setattr(glu_matmul, "matmul_for", lambda *_: REFERENCE.glu_matmul)
-    plain = REFERENCE.lora_down, REFERENCE.lora_up_backward, REFERENCE.lora_grads
-    ours = lora_down.lora_down, lora_down.lora_up_backward, lora_grads.lora_grads
+    plain = REFERENCE.lora_down, REFERENCE.lora_up_backward, REFERENCE.lora_add_, REFERENCE.lora_grads
+    ours = lora_down.lora_down, lora_down.lora_up_backward, lora_add.lora_add_, lora_grads.lora_grads
     for dtype, expected in ((torch.float32, plain), (torch.bfloat16, ours), (torch.float16, ours)):
         ops = fused("cpu", dtype)
-        assert (ops.lora_down, ops.lora_up_backward, ops.lora_grads) == expected
+        assert (ops.lora_down, ops.lora_up_backward, ops.lora_add_, ops.lora_grads) == expected

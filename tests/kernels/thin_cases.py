@@ -63,6 +63,19 @@ class Case:
         s = 0.5 * (1 if self.scaling["scales"] is None else self.scaling["scales"].double())
         return s * (x @ self.a.double().t()), s * (d @ self.b.double())
 
+    def added(self, ops: Any, *, forward: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """y and t, or dx and u, of [y | v] or [dx | v]; and what they should be."""
+        tokens, width = len(self.x) - 1, self.outputs if forward else self.inputs
+        right = self.b.t() if forward else self.a
+        wide, kept = self.wide(tokens, width, self.options), torch.full_like(self.x[:-1, : self.room], float("nan"))
+        y, thin = wide[:tokens, :width], wide[:tokens, width:]
+        thin.copy_(torch.randn_like(thin))
+        s = 0.5 * (1 if self.scaling["scales"] is None else self.scaling["scales"].double())
+        scaled, before = s * thin.double(), y.double()
+        found = ops.lora_add_(y, thin, right, **self.scaling, kept=kept)
+        assert found.data_ptr() == y.data_ptr() and bool(wide[tokens].isnan().all()), "written behind the last row"
+        return [found, kept], [before + kept.double() @ right.double(), scaled]
+
     def grads(
         self, ops: Any, t: Tensor, u: Tensor, *, add: bool = False, kept: torch.dtype | None = None, frozen: int = -1
     ) -> list[Tensor | None]:
@@ -90,9 +103,9 @@ class Case:
 
 def fused() -> SimpleNamespace:
     """Our kernels, cut as they choose."""
-    from chronicals.kernels.fused import lora_down, lora_grads
+    from chronicals.kernels.fused import lora_add, lora_down, lora_grads
 
-    halves = lora_down.lora_down, lora_down.lora_up_backward, lora_grads.lora_grads
+    halves = lora_down.lora_down, lora_down.lora_up_backward, lora_add.lora_add_, lora_grads.lora_grads
     return SimpleNamespace(**{half.__name__: half for half in halves})
 
 

@@ -49,6 +49,15 @@ def test_values(name: str, tokens: int, dtype: torch.dtype) -> None:
     assert not lora_thin.counters(case.x.device).any()
 
 
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("tokens", [1, 77, 2051])
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_left_behind_a_matmul(name: str, tokens: int, forward: bool) -> None:
+    case = Case(tokens, 896, PARTS[name], alike=name != "no k", dtype=torch.bfloat16, device="cuda")
+    theirs, ours = (worst(*case.added(ops, forward=forward)) for ops in (REFERENCE, fused))
+    assert ours <= 1.1 * theirs + 1e-6  # of other numbers each
+
+
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [-1, 0, 3])
 def test_added(kept: torch.dtype, frozen: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from chronicals.kernels.fused import lora_down, lora_grads, lora_thin
+from chronicals.kernels.fused import lora_add, lora_down, lora_grads, lora_thin
 from tests.kernels.aot import TARGETS, Compiled, compile_all
 
 BLOCKS = {f"{name}{part}": "i32:16" for part in range(3) for name in ("first", "columns", "start", "rank")}
@@ -93,6 +93,25 @@ def test_grads(
         check_counting(assembly)
 
 
+@pytest.mark.parametrize(("ranks", "forward"), [(32, True), (64, False), (192, False)])
+def test_add(ranks: int, forward: bool) -> None:
+    """Without a spill, y loaded and stored 16 bytes at a time, and four programs to a multiprocessor."""
+    config, width = lora_add.ADD, lora_thin.width_for(ranks)
+    signature = dict.fromkeys(("Y", "THIN", "RIGHT", "KEPT"), "*bf16") | {"alpha": "fp32", "tokens": "i32"}
+    signature |= dict.fromkeys(("columns", "y_stride", "thin_stride", "kept_stride"), "i32:16")
+    unit, other = ("right_rank", "right_column") if forward else ("right_column", "right_rank")
+    constexprs = {"SCALES": None, "RANKS": ranks, "WIDTH": width, "ROWS": config.rows, "COLUMNS": config.columns}
+    found = compile_all(
+        lora_add.lora_add_kernel, signature | {other: "i32:16"}, constexprs | {unit: 1}, num_warps=config.warps
+    )
+    hopper = found["sm_90"]
+    assert hopper.stack == found["sm_80"].stack == 0 and "wgmma" in hopper.assembly
+    wide = [hopper.assembly.count(f"{kind}.global") for kind in ("ld", "st")]
+    assert wide == [hopper.assembly.count(f"{kind}.global.v4") for kind in ("ld", "st")]
+    if ranks <= 64:
+        assert hopper.registers is not None and 4 * config.warps * 32 * hopper.registers <= 2**16
+
+
 def test_other_forms() -> None:
     """Float16, and sizes, ranks and addresses that nothing is known of."""
     config, kind = lora_down.DOWN, "*fp16:1"
@@ -103,3 +122,9 @@ def test_other_forms() -> None:
     constexprs |= {"ROWS": config.rows, "COLUMNS": config.columns, "COLUMN_ALIGN": 1, "RANK_ALIGN": 1, "STAGES": 2}
     targets = {name: TARGETS[name] for name in ("sm_80", "sm_90", "gfx942")}
     compile_all(lora_down.lora_down_kernel, signature, constexprs, num_warps=config.warps, targets=targets)
+    add = lora_add.ADD
+    signature = dict.fromkeys(("Y", "THIN", "RIGHT", "KEPT"), kind) | {"SCALES": "*fp32", "alpha": "fp32"}
+    sizes = ("tokens", "columns", "y_stride", "thin_stride", "right_rank", "right_column", "kept_stride")
+    constexprs = {"RANKS": 21, "WIDTH": 32, "ROWS": add.rows, "COLUMNS": add.columns}
+    signature |= dict.fromkeys(sizes, "i32")
+    compile_all(lora_add.lora_add_kernel, signature, constexprs, num_warps=add.warps, targets=targets)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
-from chronicals.kernels.fused import lora_down, lora_grads, lora_thin
+from chronicals.kernels.fused import lora_add, lora_down, lora_grads, lora_thin
 from chronicals.kernels.lora_thin import Block
 from tests.kernels.thin_cases import Case, fused, worst
 
@@ -36,10 +36,13 @@ def ops(config: lora_thin.Config) -> SimpleNamespace:
         blocks = [*others, last._replace(rank=out.shape[1] - last.start)]
         lora_down.launch_down(config, d_out, b, blocks, alpha, scales, out, None, across=False)
 
+    def add_(y, thin, right, *, alpha, scales, kept):
+        return lora_add.launch_add(lora_add.Config(16, 32, 4), y, thin, right, alpha, scales, kept)
+
     def grads(*operands, add):
         lora_grads.launch_grads(config, *operands, add=add)
 
-    return SimpleNamespace(lora_down=down, lora_up_backward=up_backward, lora_grads=grads)
+    return SimpleNamespace(lora_down=down, lora_up_backward=up_backward, lora_add_=add_, lora_grads=grads)
 
 
 WHOLE, SPLIT = (ops(lora_thin.Config(16, 32, 4, 2, programs)) for programs in (1, 16))
@@ -60,6 +63,18 @@ def test_values(name: str, cut: object, dtype: torch.dtype) -> None:
         assert worst((t, u), case.exact_thin()) < TOLERANCE[dtype]
         assert worst(case.grads(cut, copy, u), case.exact_grads(copy, u)) < TOLERANCE[dtype]
     assert not lora_thin.counters(case.x.device).any()
+
+
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize(
+    ("cut", "dtype"),
+    [(WHOLE, torch.float32), (WHOLE, torch.float16), (CHOSEN, torch.float16)],
+    ids=["float", "half", "as chosen, half"],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_left_behind_a_matmul(name: str, cut: SimpleNamespace, dtype: torch.dtype, forward: bool) -> None:
+    found, exact = Case(*CASES[name], alike=name == "alike", dtype=dtype).added(cut, forward=forward)
+    assert worst(found, exact) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.float16])
@@ -104,6 +119,7 @@ def test_no_tokens() -> None:
     assert t.numel() == copy.numel() == u.numel() == 0
     assert all(g is not None and not g.any() for g in case.grads(CHOSEN, t, u))
     assert all(g is not None and (g == 1).all() for g in case.grads(CHOSEN, t, u, add=True))
+    assert not case.added(CHOSEN, forward=True)[0][0].numel()
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -114,3 +130,5 @@ def test_what_does_not_fit_is_refused() -> None:
         case.thin(CHOSEN)
     with pytest.raises(AssertionError, match=r"no kernel for torch\.float32"):
         case.grads(CHOSEN, case.x[:-1, case.inputs :], case.d[:-1, case.outputs :])
+    with pytest.raises(AssertionError, match=r"no kernel for torch\.float32"):
+        case.added(CHOSEN, forward=True)
