@@ -280,9 +280,10 @@ def test_a_single_chunk_has_its_logits_in_what_the_sink_lends(
     size, rows = weight.numel(), len(rest[0])
     flat = torch.full((size + rows * columns + 256,), math.nan, dtype=torch.float16)
     sink = InPlace({weight: flat[:size].view(weight.shape)}, accumulate=False, flat=flat)
-    made = []
-    empty = torch.empty
+    made, multiplied = [], []
+    empty, mm = torch.empty, torch.mm
     monkeypatch.setattr(torch, "empty", lambda *shape, **how: made.append(shape) or empty(*shape, **how))
+    monkeypatch.setattr(torch, "mm", lambda a, b, **how: multiplied.append((a, b)) or mm(a, b, **how))
     loss = fused.linear_cross_entropy(*inputs, *rest, mode="fast", sink=sink)
     monkeypatch.undo()
     loss.backward()
@@ -291,6 +292,7 @@ def test_a_single_chunk_has_its_logits_in_what_the_sink_lends(
     logits = [shape for (shape, *more) in made if not more and type(shape) is tuple]
     left = vocab - lent
     assert logits == ([(rows, fused._round_up(left, 64))] if left else []), "no more than what is not lent"
+    assert sum(b.shape[1] for a, b in multiplied if a.shape == (rows, 8)) == vocab, "logits are made once"
     torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
     for found, wanted in zip((hidden.grad, sink.buffers[weight]), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-6)
