@@ -246,7 +246,7 @@ def add_lora(
     """
     _freeze(model, lora)
     generator = torch.Generator().manual_seed(seed)
-    dropout = Dropout(lora.dropout, seed, model.head_weight.device) if lora.dropout else None
+    dropout = Dropout(lora.dropout, seed, model.head_weight.device, model.ops.dropout) if lora.dropout else None
     streams = {module: number for number, module in enumerate(linear_modules(model.config))}
     found = False
     for path, module in list(model.named_modules()):

@@ -15,14 +15,14 @@ Shapes: T tokens, r the rank; of a target, `in` and `out` elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from chronicals.kernels.grad_sink import WeightGradients, matmul_into
-from chronicals.kernels.lora import dropout_mask
+from chronicals.kernels.lora import dropout
 from chronicals.models.projection import GLU, Projection
 
 
@@ -46,6 +46,7 @@ class Dropout(nn.Module):
     Args:
         p: the probability of being dropped.
         seed: with the counter, an adapter's stream and an element's place it decides what is dropped.
+        op: the ops' `dropout`.
 
     Attributes:
         counter: () int64, names the micro-batch; whoever trains sets it before each, and never the same one twice.
@@ -53,16 +54,14 @@ class Dropout(nn.Module):
 
     counter: Tensor
 
-    def __init__(self, p: float, seed: int, device: torch.device) -> None:
+    def __init__(self, p: float, seed: int, device: torch.device, op: Callable[..., Tensor] = dropout) -> None:
         super().__init__()
-        self.p, self.seed = p, seed
+        self.p, self.seed, self.op = p, seed, op
         self.register_buffer("counter", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
     def forward(self, x: Tensor, stream: int) -> Tensor:
         """(T, in) -> its x'; of a gradient with respect to x', that with respect to x."""
-        tokens, columns = x.shape
-        mask = dropout_mask(tokens, columns, self.p, seed=self.seed, stream=stream, counter=self.counter)
-        return (x / (1 - self.p)).mul_(mask)
+        return self.op(x, self.p, seed=self.seed, stream=stream, counter=self.counter)
 
 
 class LoRAProjection(Projection):

@@ -93,6 +93,20 @@ def dropout_mask(
     return bits >= threshold(p)
 
 
+def dropout(x: Tensor, p: float, *, seed: int, stream: int, counter: Tensor) -> Tensor:
+    """The input of an adapter, dropped: `dropout_mask` x / (1 - p).
+
+    Args:
+        x: (T, K), any row stride.
+        p, seed, stream, counter: as in `dropout_mask`.
+
+    Returns:
+        (T, K), new.
+    """
+    tokens, columns = x.shape
+    return (x / (1 - p)).mul_(dropout_mask(tokens, columns, p, seed=seed, stream=stream, counter=counter))
+
+
 @dataclass(frozen=True)
 class Part:
     """One adapter of a fused projection, whose A is rows `start` to `start + rank` of those stacked."""

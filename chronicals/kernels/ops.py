@@ -47,6 +47,7 @@ class Ops:
     lora_grads: Callable[..., None]
     nf4_dequantize: Callable[..., Tensor]
     lora_dropout: Callable[..., LoRADropout]
+    dropout: Callable[..., Tensor]
     dora_scales: Callable[..., Callable[[], None]]
     scale_columns_: Callable[..., Tensor]
     dora_backward: Callable[..., Tensor]
@@ -77,6 +78,7 @@ REFERENCE = Ops(
     lora_grads=lora_thin.lora_grads,
     nf4_dequantize=nf4.dequantize,
     lora_dropout=LoRADropout,
+    dropout=lora.dropout,
     dora_scales=dora.dora_scales,
     scale_columns_=dora.scale_columns_,
     dora_backward=dora.dora_backward,
@@ -106,6 +108,7 @@ def fused(
         attention,
         column_sums,
         dora,
+        dropout,
         embedding,
         glu,
         glu_matmul,
@@ -148,6 +151,7 @@ def fused(
         lora_grads=grads,
         nf4_dequantize=nf4.dequantize,
         lora_dropout=lora_dropout.FusedLoRADropout,
+        dropout=dropout.dropout,
         dora_scales=dora.dora_scales,
         scale_columns_=dora.scale_columns_,
         dora_backward=dora.dora_backward,

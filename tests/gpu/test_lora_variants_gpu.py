@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from chronicals.adapters.unfused import Dropout
+from chronicals.kernels.ops import REFERENCE, fused
 from tests.train import helpers
 
 pytestmark = [
@@ -42,8 +43,8 @@ def saved(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 def test_masks_are_those_of_the_cpu() -> None:
     masks = []
-    for device in ("cpu", "cuda"):
-        dropout = Dropout(0.3, 2**40 + 7, torch.device(device))
+    for device, ops in (("cpu", REFERENCE), ("cuda", fused())):
+        dropout = Dropout(0.3, 2**40 + 7, torch.device(device), ops.dropout)
         dropout.counter.fill_(2**31 + 5)
         masks.append(dropout(torch.ones(257, 1000, device=device), 11).cpu() != 0)
     assert torch.equal(*masks)

@@ -42,7 +42,7 @@ _LANES, _DROPOUT = tl.constexpr(LANES), tl.constexpr(DROPOUT)
 
 
 @triton.jit
-def _draw(call: tl.tensor, stream: tl.tensor, counter: tl.tensor, seed: tl.tensor) -> tl.tensor:
+def draw(call: tl.tensor, stream: tl.tensor, counter: tl.tensor, seed: tl.tensor) -> tl.tensor:
     """Of a tile's calls (rows, columns / LANES) four words each; an element is kept whose half is at least `limit`."""
     zero = call * 0
     r0, r1, r2, r3 = philox(seed, call, zero + stream, zero + counter, zero + _DROPOUT)
@@ -55,7 +55,7 @@ def _draw(call: tl.tensor, stream: tl.tensor, counter: tl.tensor, seed: tl.tenso
 
 
 @triton.jit
-def _masked(x: tl.tensor, r0: tl.tensor, r1: tl.tensor, r2: tl.tensor, r3: tl.tensor, limit: tl.tensor) -> tl.tensor:
+def masked(x: tl.tensor, r0: tl.tensor, r1: tl.tensor, r2: tl.tensor, r3: tl.tensor, limit: tl.tensor) -> tl.tensor:
     """A tile of x where it is kept, zero elsewhere. What is compared is the upper half of a word."""
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # (..., 2, 2), in order
     keep = tl.reshape(tl.join(words << 16, words) >= limit, x.shape)
@@ -101,8 +101,8 @@ def _down(
 ) -> tl.tensor:  # fmt: skip
     """Adds the product of a tile of x, masked for one piece, and the piece's A."""
     a = _load_a(A, start, rank, column, columns, a_stride, RANK)
-    r0, r1, r2, r3 = _draw(call, stream, counter, seed)
-    return tl.dot(_masked(x, r0, r1, r2, r3, limit), tl.trans(a), total, input_precision="ieee")
+    r0, r1, r2, r3 = draw(call, stream, counter, seed)
+    return tl.dot(masked(x, r0, r1, r2, r3, limit), tl.trans(a), total, input_precision="ieee")
 
 
 @triton.jit
@@ -170,8 +170,8 @@ def _up(
     """Adds one piece's shares: of its A's gradient and of dx, both times the probability of keeping."""
     row = tl.arange(0, RANK)[None, :]
     u = tl.load(U + token.to(tl.int64) * u_stride + start + row, mask=(token < tokens) & (row < rank), other=0.0)
-    r0, r1, r2, r3 = _draw(call, stream, counter, seed)
-    d_a = tl.dot(tl.trans(u), _masked(x, r0, r1, r2, r3, limit), d_a, input_precision="ieee")
+    r0, r1, r2, r3 = draw(call, stream, counter, seed)
+    d_a = tl.dot(tl.trans(u), masked(x, r0, r1, r2, r3, limit), d_a, input_precision="ieee")
     # tensor cores leave this product to other threads than those that drew the mask: a word a row tells them
     product, word = tl.dot(u, a, input_precision="ieee"), _row_masks(r0, r1, r2, r3, limit)
     keep = (word >> tl.arange(0, x.shape[1])[None, :] & 1) != 0
