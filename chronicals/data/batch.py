@@ -20,7 +20,7 @@ from chronicals.data.documents import Documents
 
 IGNORE_INDEX = -100
 MAX_SEQLEN_STEP = 128  # coarse, so that runs of nearly equal documents share compiled attention kernels
-DOCUMENTS_STEP = 64
+DOCUMENTS_STEP = 8  # fine: attention kernels launch a tile for every slot, used or not
 ROW_BUCKETS = 8  # values that R takes at most, each a graph of its own where steps are captured
 
 
