@@ -24,6 +24,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, COLUMNS, THREADS = 16, 128, 64  # of a tile; a thread has the same places of each tile, and sums in registers
 PROGRAMS, STAGES = 8, 4  # programs of a multiprocessor; of their loads: one tile less than this waits in shared memory
 REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_THREADS = 1024, 16, 512  # 64 bytes of a row, so that 896 columns are 56 programs
+# of up to so many parts, as an adapter's gradient comes in: tiles as high as they are many, or most of one is empty
+FEW, FEW_COLUMNS, FEW_THREADS = 64, 128, 128
 
 
 @triton.jit
@@ -135,7 +137,9 @@ def reduce_partials(partials: Tensor, dtype: torch.dtype, *, out: Tensor | None 
     assert partials.dtype == torch.float32
     assert partials.is_contiguous()
     assert out.stride(-1) == 1 or columns == 1
-    grid = (triton.cdiv(columns, REDUCE_COLUMNS), partials[..., 0, 0].numel())
+    few = parts <= FEW
+    rows, width = (triton.next_power_of_2(max(1, parts)), FEW_COLUMNS) if few else (REDUCE_ROWS, REDUCE_COLUMNS)
+    grid = (triton.cdiv(columns, width), partials[..., 0, 0].numel())
     if 0 not in grid:
         reduce_partials_kernel[grid](
             partials,
@@ -144,9 +148,9 @@ def reduce_partials(partials: Tensor, dtype: torch.dtype, *, out: Tensor | None 
             columns,
             out.stride(0),
             ADD=add,
-            ROWS=REDUCE_ROWS,
-            COLUMNS=REDUCE_COLUMNS,
-            num_warps=_warps(REDUCE_THREADS),
+            ROWS=rows,
+            COLUMNS=width,
+            num_warps=_warps(FEW_THREADS if few else REDUCE_THREADS),
         )
     return out
 

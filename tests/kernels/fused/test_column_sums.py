@@ -34,12 +34,16 @@ def test_partials(kind: str) -> None:
         assert "st.shared" not in loop
 
 
-@pytest.mark.parametrize(("kind", "add"), [("*bf16", False), ("*fp32", True)])
-def test_reduction(kind: str, add: bool) -> None:
+TALL, FEW = (fused.REDUCE_ROWS, fused.REDUCE_COLUMNS, fused.REDUCE_THREADS), (16, fused.FEW_COLUMNS, fused.FEW_THREADS)
+
+
+@pytest.mark.parametrize(("tile", "kind", "add"), [(TALL, "*bf16", False), (TALL, "*fp32", True), (FEW, "*bf16", True)])
+def test_reduction(tile: tuple[int, int, int], kind: str, add: bool) -> None:
+    rows, columns, threads = tile
     compiled = compile_all(
         fused.reduce_partials_kernel,
         {"PARTIAL": "*fp32", "OUT": kind, "parts": "i32", "columns": "i32:16", "out_stride": "i32:16"},
-        {"ADD": add, "ROWS": fused.REDUCE_ROWS, "COLUMNS": fused.REDUCE_COLUMNS},
-        num_warps=fused.REDUCE_THREADS // 32,
+        {"ADD": add, "ROWS": rows, "COLUMNS": columns},
+        num_warps=threads // 32,
     )
     assert not any(one.stack for one in compiled.values())

@@ -46,8 +46,9 @@ def test_partials_of_many_at_once() -> None:
     assert relative_error(wide[:, :70], 2 * torch.stack(layers).double().sum(1)) < 1e-6
 
 
-def test_a_reduction_longer_than_a_tile() -> None:
-    partials = torch.randn(2, fused.REDUCE_ROWS + 3, 33)
+@pytest.mark.parametrize("parts", [1, 3, fused.FEW, fused.FEW + 1, fused.REDUCE_ROWS + 3])
+def test_few_parts_and_more_than_a_tile(parts: int) -> None:
+    partials = torch.randn(2, parts, 133)
     together = fused.reduce_partials(partials, torch.float32)
     assert relative_error(together, partials.double().sum(1)) < 1e-6
     for one, alone in zip(together, partials, strict=True):
