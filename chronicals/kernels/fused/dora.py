@@ -21,6 +21,7 @@ from chronicals.kernels.dora import DoRARows
 from chronicals.kernels.fused.column_sums import COLUMNS, ROWS, STAGES, THREADS, column_parts
 
 NORM_ROWS, NORM_COLUMNS, NORM_RANK, NORM_STAGES, NORM_WARPS = 64, 32, 32, 2, 4
+SCALE_ROWS, SCALE_COLUMNS, SCALE_THREADS = 8, 512, 64  # of a tile: 1 KB of a row, and a thread's columns in each row
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FIELDS = 11  # of a target in the table
 _FIELDS = tl.constexpr(FIELDS)
@@ -173,10 +174,11 @@ def scale_columns_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
     assert y.stride(1) == 1 or columns == 1
     assert c.dtype == torch.float32 and c.shape == (columns,) and c.is_contiguous()
     assert bias is None or (bias.shape == (columns,) and bias.is_contiguous())
-    programs = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS)
+    programs = triton.cdiv(rows, SCALE_ROWS) * triton.cdiv(columns, SCALE_COLUMNS)
     if programs:
         scale_columns_kernel[(programs,)](
-            y, c, bias, rows, columns, y.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=_warps()
+            y, c, bias, rows, columns, y.stride(0),
+            ROWS=SCALE_ROWS, COLUMNS=SCALE_COLUMNS, num_warps=_warps(SCALE_THREADS),
         )  # fmt: skip
     return y
 
@@ -205,7 +207,7 @@ def dora_backward(
     assert rows + parts * ROWS < 2**31
     dora_backward_kernel[(parts * triton.cdiv(columns, COLUMNS),)](
         d, z, c, factor, bias, out, partial, rows, columns, d.stride(0), z.stride(0), out.stride(0),
-        ROWS=ROWS, COLUMNS=COLUMNS, STAGES=STAGES, num_warps=_warps(),
+        ROWS=ROWS, COLUMNS=COLUMNS, STAGES=STAGES, num_warps=_warps(THREADS),
     )  # fmt: skip
     return partial
 
@@ -227,5 +229,5 @@ def _aligned(matrix: Tensor) -> bool:
     return all(number % 16 == 0 for number in bytes_) and matrix.shape[1] % 8 == matrix.stride(0) % 8 == 0
 
 
-def _warps() -> int:
-    return THREADS // (64 if torch.version.hip else 32)
+def _warps(threads: int) -> int:
+    return threads // (64 if torch.version.hip else 32)

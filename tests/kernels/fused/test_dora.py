@@ -36,8 +36,8 @@ def test_both_passes(bias: str | None) -> None:
     scale = compile_all(
         fused.scale_columns_kernel,
         shared | {"Y": "*bf16", "stride": "i32:16"},
-        sizes | none,
-        num_warps=fused.THREADS // 32,
+        {"ROWS": fused.SCALE_ROWS, "COLUMNS": fused.SCALE_COLUMNS} | none,
+        num_warps=fused.SCALE_THREADS // 32,
     )
     backward = compile_all(
         fused.dora_backward_kernel,
