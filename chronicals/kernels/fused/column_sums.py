@@ -21,7 +21,8 @@ from torch import Tensor
 from chronicals.kernels.fused.launch import balanced, device_limits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS, COLUMNS, THREADS = 16, 128, 64  # of a tile; a thread has the same places of each tile, and sums in registers
+ROWS, COLUMNS, THREADS = 4, 512, 64  # of a tile; a thread has the same places of each tile, and sums in registers
+KEPT = 1 if COLUMNS >= 8 * THREADS else ROWS  # rows of sums: a row that takes all threads, 8 columns each, needs one
 PROGRAMS, STAGES = 8, 4  # programs of a multiprocessor; of their loads: one tile less than this waits in shared memory
 REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_THREADS = 1024, 16, 512  # 64 bytes of a row, so that 896 columns are 56 programs
 # of up to so many parts, as an adapter's gradient comes in: tiles as high as they are many, or most of one is empty
@@ -37,16 +38,18 @@ def column_partials_kernel(
     stride: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KEPT: tl.constexpr,  # rows of sums: ROWS, or 1 where a thread has its columns of each row of a tile
     STAGES: tl.constexpr,
 ) -> None:
     strips = tl.cdiv(columns, COLUMNS)
     part, parts = tl.program_id(0) // strips, tl.num_programs(0) // strips
     column = (tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total = tl.zeros((KEPT, COLUMNS), tl.float32)
     for start in tl.range(part * ROWS, rows, parts * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (column < columns)
-        total += tl.load(X + row.to(tl.int64) * stride + column, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(X + row.to(tl.int64) * stride + column, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(x, axis=0, keep_dims=True) if KEPT == 1 else x
     sums = tl.sum(total, axis=0, keep_dims=True)
     tl.store(PARTIAL + part.to(tl.int64) * columns + column, sums, mask=column < columns)
 
@@ -110,6 +113,7 @@ def column_partials(x: Tensor, *, partial: Tensor | None = None) -> Tensor:
         x.stride(0),
         ROWS=ROWS,
         COLUMNS=COLUMNS,
+        KEPT=KEPT,
         STAGES=STAGES,
         num_warps=_warps(THREADS),
     )

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chronicals.kernels.dora import DoRARows
-from chronicals.kernels.fused.column_sums import COLUMNS, ROWS, STAGES, THREADS, column_parts
+from chronicals.kernels.fused.column_sums import COLUMNS, KEPT, ROWS, STAGES, THREADS, column_parts
 
 NORM_ROWS, NORM_COLUMNS, NORM_RANK, NORM_STAGES, NORM_WARPS = 64, 32, 32, 2, 4
 SCALE_ROWS, SCALE_COLUMNS, SCALE_THREADS = 8, 512, 64  # of a tile: 1 KB of a row, and a thread's columns in each row
@@ -117,6 +117,7 @@ def dora_backward_kernel(
     out_stride: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KEPT: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     strips = tl.cdiv(columns, COLUMNS)
@@ -126,13 +127,14 @@ def dora_backward_kernel(
     bias = tl.zeros((1, COLUMNS), tl.float32)
     if BIAS is not None:
         bias = tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total = tl.zeros((KEPT, COLUMNS), tl.float32)
     for start in tl.range(part * ROWS, rows, parts * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (column < columns)
         d = tl.load(D + row.to(tl.int64) * d_stride + column, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(Z + row.to(tl.int64) * z_stride + column, mask=mask, other=0.0).to(tl.float32)
-        total += d * (z - bias)
+        products = d * (z - bias)
+        total += tl.sum(products, axis=0, keep_dims=True) if KEPT == 1 else products
         tl.store(OUT + row.to(tl.int64) * out_stride + column, (d * c).to(OUT.dtype.element_ty), mask=mask)
     factor = tl.load(FACTOR + column, mask=column < columns, other=0.0)
     sums = tl.sum(total, axis=0, keep_dims=True) * factor
@@ -207,7 +209,7 @@ def dora_backward(
     assert rows + parts * ROWS < 2**31
     dora_backward_kernel[(parts * triton.cdiv(columns, COLUMNS),)](
         d, z, c, factor, bias, out, partial, rows, columns, d.stride(0), z.stride(0), out.stride(0),
-        ROWS=ROWS, COLUMNS=COLUMNS, STAGES=STAGES, num_warps=_warps(THREADS),
+        ROWS=ROWS, COLUMNS=COLUMNS, KEPT=KEPT, STAGES=STAGES, num_warps=_warps(THREADS),
     )  # fmt: skip
     return partial
 

@@ -19,7 +19,7 @@ def test_partials(kind: str) -> None:
     compiled = compile_all(
         fused.column_partials_kernel,
         {"X": kind, "PARTIAL": "*fp32", "rows": "i32", "columns": size, "stride": size},
-        {"ROWS": fused.ROWS, "COLUMNS": fused.COLUMNS, "STAGES": fused.STAGES},
+        {"ROWS": fused.ROWS, "COLUMNS": fused.COLUMNS, "KEPT": fused.KEPT, "STAGES": fused.STAGES},
         num_warps=fused.THREADS // 32,
         targets=TARGETS if fast else OLDEST,
     )

@@ -52,7 +52,7 @@ def test_both_passes(bias: str | None) -> None:
             "z_stride": "i32:16",
             "out_stride": "i32:16",
         },
-        sizes | none | {"STAGES": fused.STAGES},
+        sizes | none | {"KEPT": fused.KEPT, "STAGES": fused.STAGES},
         num_warps=fused.THREADS // 32,
     )
     assert not any(one.stack for one in (*scale.values(), *backward.values()))
