@@ -144,17 +144,17 @@ class StepQkBackward:
     """As `StepBackward`, of layers that norm queries and keys: a buffer and a reduction each."""
 
     def __init__(self) -> None:
-        self.calls, self.partials = 0, torch.empty(0)
+        self.calls, self.partials = 0, list[Tensor]()
 
     def __call__(self, t: Tensors) -> Tensors:
-        from chronicals.kernels.fused.rmsnorm import partial_programs, reduce_partials
+        from chronicals.kernels.fused.rmsnorm import qk_partial_programs, reduce_partials
 
-        (queries, _, width), turn = HEADS, self.calls % NORMS
+        (*_, width), device, turn = HEADS, t["qkv"].device, self.calls % NORMS
         if not self.calls:
-            programs = partial_programs(len(t["qkv"]) * queries, width, t["qkv"].device)
-            self.partials = torch.empty(2, NORMS, programs, width, device=t["qkv"].device)
+            programs = qk_partial_programs(len(t["qkv"]), *HEADS, device)
+            self.partials = [torch.empty(NORMS, count, width, device=device) for count in programs]
         self.calls += 1
-        grads, _ = qk_backward(t, self.partials[:, turn].unbind())
+        grads, _ = qk_backward(t, [partials[turn] for partials in self.partials])
         if turn == NORMS - 1:
             for name, parts in zip(("d_q_weights", "d_k_weights"), self.partials, strict=True):
                 grads[name] = reduce_partials(parts, torch.float32)

@@ -33,6 +33,7 @@ class Ops:
     rmsnorm_backward: Callable[..., tuple[Tensor, Tensor | None]]
     qk_rmsnorm_backward: Callable[..., tuple[Tensor, tuple[Tensor | None, Tensor | None]]]
     partial_programs: Callable[..., int]
+    qk_partial_programs: Callable[..., tuple[int, int]]
     column_parts: Callable[..., int]
     column_partials: Callable[..., Tensor]
     reduce_partials: Callable[..., Tensor]
@@ -64,6 +65,7 @@ REFERENCE = Ops(
     rmsnorm_backward=rmsnorm.rmsnorm_backward,
     qk_rmsnorm_backward=rmsnorm.qk_rmsnorm_backward,
     partial_programs=rmsnorm.partial_programs,
+    qk_partial_programs=rmsnorm.qk_partial_programs,
     column_parts=column_sums.column_parts,
     column_partials=column_sums.column_partials,
     reduce_partials=column_sums.reduce_partials,
@@ -137,6 +139,7 @@ def fused(
         rmsnorm_backward=rmsnorm.rmsnorm_backward,
         qk_rmsnorm_backward=rmsnorm.qk_rmsnorm_backward,
         partial_programs=rmsnorm.partial_programs,
+        qk_partial_programs=rmsnorm.qk_partial_programs,
         column_parts=column_sums.column_parts,
         column_partials=column_sums.column_partials,
         reduce_partials=column_sums.reduce_partials,

@@ -134,7 +134,7 @@ def qk_rmsnorm_backward(
         d_normed, x, out: (T, Nq + Nk, D).
         rstds: (T Nq,) and (T Nk,).
         queries: Nq.
-        partials: (parts, D) float32 each, as many as `partial_programs` says of T Nq rows: written. None: a new one.
+        partials: (parts, D) float32 each, as many as `qk_partial_programs` says: written. None: a new one.
 
     Returns:
         (T, Nq + Nk, D) in the dtype of `x`, and (parts, D) each for `reduce_partials`, or None.
@@ -160,3 +160,8 @@ def qk_rmsnorm_backward(
 def partial_programs(rows: int, hidden: int, device: torch.device) -> int:
     """How many parts `rmsnorm_backward` leaves of the gradient of a weight (hidden,)."""
     return 1
+
+
+def qk_partial_programs(tokens: int, queries: int, keys: int, hidden: int, device: torch.device) -> tuple[int, int]:
+    """How many parts `qk_rmsnorm_backward` leaves of the gradients of the two weights (hidden,)."""
+    return 1, 1

@@ -77,7 +77,8 @@ class NormedAttention(Attention):
         super().turn_back(d_qkv, saved, stream, gradients)
         norms = (self.q_norm, self.k_norm)
         x, d = (t.unflatten(1, (-1, self.width))[:, : self.queries + self.keys] for t in (saved.qkv, d_qkv))
-        places = [norm.place(len(x) * self.queries, gradients) for norm in norms]
+        programs = self.ops.qk_partial_programs(len(x), self.queries, self.keys, self.width, x.device)
+        places = [gradients.place(norm.weight, count) for norm, count in zip(norms, programs, strict=True)]
         _, partials = self.ops.qk_rmsnorm_backward(
             d,
             x,

@@ -54,7 +54,8 @@ class RMSNorm(nn.Module):
         out: Tensor | None = None,
     ) -> Tensor:
         """The gradient of x, with `d_residual` added."""
-        place = self.place(x.numel() // x.shape[-1], gradients)
+        programs = self.ops.partial_programs(x.numel() // x.shape[-1], len(self.weight), x.device)
+        place = gradients.place(self.weight, programs)
         dx, partial = self.ops.rmsnorm_backward(
             d_normed,
             x,
@@ -67,10 +68,6 @@ class RMSNorm(nn.Module):
         )
         self.sum(partial, place, gradients)
         return dx
-
-    def place(self, rows: int, gradients: WeightGradients) -> Tensor | None:
-        """Where to leave the weight's gradient in parts; None: hand them to `sum`."""
-        return gradients.place(self.weight, self.ops.partial_programs(rows, len(self.weight), self.weight.device))
 
     def sum(self, partial: Tensor | None, place: Tensor | None, gradients: WeightGradients) -> None:
         """Adds up the parts that nobody else will."""

@@ -24,13 +24,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from chronicals.kernels.fused.column_sums import reduce_partials
-from chronicals.kernels.fused.rmsnorm_backward import partial_programs, qk_rmsnorm_backward, rmsnorm_backward
+from chronicals.kernels.fused.rmsnorm_backward import (
+    partial_programs,
+    qk_partial_programs,
+    qk_rmsnorm_backward,
+    rmsnorm_backward,
+)
 from chronicals.kernels.fused.rows import as_rows, block_for, outlet
 
 __all__ = [
     "add_rmsnorm",
     "add_rmsnorm_forward",
     "partial_programs",
+    "qk_partial_programs",
     "qk_rmsnorm_backward",
     "reduce_partials",
     "rmsnorm",

@@ -8,8 +8,8 @@ them up in one launch.
 A program takes every so many-th tile, so that all of them together sweep through memory as a copy does, and as many
 programs are launched as leave the last round nearly full. Tiles to come are loaded while one is worked on.
 
-Queries and keys of one buffer have a weight each and share a launch: a program sweeps over its tiles of queries, then
-of keys, so that the GPU does not run empty in between.
+Queries and keys of one buffer have a weight each and share a launch: a program has either, as many programs of each as
+it has rows, so that both sweep through the same memory and end together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MaybePair = tuple[Tensor | None, Tensor | None]
 
 
 @triton.jit
-def rmsnorm_backward_kernel(
+def _sweep(
     DY: tl.tensor,  # (rows / HEADS, HEADS, hidden), as X and DX; the last stride is 1
     X: tl.tensor,
     RSTD: tl.tensor,  # (rows,) float32
@@ -37,6 +37,8 @@ def rmsnorm_backward_kernel(
     D_RESIDUAL: tl.tensor,  # what X's gradient is added to, or None; HEADS is 1 then
     DX: tl.tensor,  # may be DY, X or D_RESIDUAL: a program reads a row before it writes it, and no other reads it
     PARTIAL: tl.tensor,  # (programs, hidden) float32: each program's part of the weight's gradient; None: not wanted
+    program: tl.tensor,
+    programs: tl.tensor,
     rows: tl.tensor,
     hidden: tl.tensor,
     dy_stride: tl.tensor,
@@ -53,7 +55,6 @@ def rmsnorm_backward_kernel(
     KEPT: tl.constexpr,  # rows of sums: ROWS, or 1 where a thread has its columns of each row of a tile
     STAGES: tl.constexpr,
 ) -> None:
-    program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)[None, :]
     if KEPT == 1:
         weight = tl.load(WEIGHT + cols, mask=cols < hidden, other=0.0).to(tl.float32) + OFFSET
@@ -63,8 +64,8 @@ def rmsnorm_backward_kernel(
         row = tl.arange(0, ROWS)[:, None]
         weight = tl.load(WEIGHT + row * 0 + cols, mask=(row == 0) & (cols < hidden), other=0.0).to(tl.float32)
         weight = tl.sum(weight, axis=0, keep_dims=True) + OFFSET
-    d_weight = tl.zeros((KEPT, BLOCK), tl.float32)
-    for start in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+    d_weight, share = tl.zeros((KEPT, BLOCK), tl.float32), 1.0 / hidden
+    for start in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[:, None]
         token, head = (row // HEADS).to(tl.int64), row % HEADS
         mask = (row < rows) & (cols < hidden)
@@ -73,7 +74,7 @@ def rmsnorm_backward_kernel(
         rstd = tl.load(RSTD + row, mask=row < rows, other=0.0)
         normed = x * rstd
         scaled = dy * weight
-        mean = tl.sum(scaled * normed, axis=1, keep_dims=True) / hidden
+        mean = tl.sum(scaled * normed, axis=1, keep_dims=True) * share
         dx = (scaled - normed * mean) * rstd
         if D_RESIDUAL is not None:
             dx += tl.load(D_RESIDUAL + token * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
@@ -87,6 +88,37 @@ def rmsnorm_backward_kernel(
 
 
 @triton.jit
+def rmsnorm_backward_kernel(
+    DY: tl.tensor,  # as in `_sweep`
+    X: tl.tensor,
+    RSTD: tl.tensor,
+    WEIGHT: tl.tensor,
+    D_RESIDUAL: tl.tensor,
+    DX: tl.tensor,
+    PARTIAL: tl.tensor,
+    rows: tl.tensor,
+    hidden: tl.tensor,
+    dy_stride: tl.tensor,
+    dy_head: tl.tensor,
+    x_stride: tl.tensor,
+    x_head: tl.tensor,
+    residual_stride: tl.tensor,
+    dx_stride: tl.tensor,
+    dx_head: tl.tensor,
+    OFFSET: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    _sweep(
+        DY, X, RSTD, WEIGHT, D_RESIDUAL, DX, PARTIAL, tl.program_id(0), tl.num_programs(0), rows, hidden, dy_stride,
+        dy_head, x_stride, x_head, residual_stride, dx_stride, dx_head, OFFSET, HEADS, ROWS, BLOCK, KEPT, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
 def qk_rmsnorm_backward_kernel(
     DY: tl.tensor,  # (tokens, QUERIES + KEYS, hidden), as X and DX; the last stride is 1
     X: tl.tensor,
@@ -95,9 +127,10 @@ def qk_rmsnorm_backward_kernel(
     Q_WEIGHT: tl.tensor,  # (hidden,)
     K_WEIGHT: tl.tensor,
     DX: tl.tensor,  # may be DY or X
-    Q_PARTIAL: tl.tensor,  # (programs, hidden) float32, or None
-    K_PARTIAL: tl.tensor,
+    Q_PARTIAL: tl.tensor,  # (q_programs, hidden) float32, or None
+    K_PARTIAL: tl.tensor,  # (the other programs, hidden) float32, or None
     tokens: tl.tensor,
+    q_programs: tl.tensor,
     hidden: tl.tensor,
     dy_stride: tl.tensor,
     dy_head: tl.tensor,
@@ -113,15 +146,18 @@ def qk_rmsnorm_backward_kernel(
     KEPT: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    rmsnorm_backward_kernel(
-        DY, X, Q_RSTD, Q_WEIGHT, None, DX, Q_PARTIAL, tokens * QUERIES, hidden,
-        dy_stride, dy_head, x_stride, x_head, 0, dx_stride, dx_head, OFFSET, QUERIES, ROWS, BLOCK, KEPT, STAGES,
-    )  # fmt: skip
-    rmsnorm_backward_kernel(
-        DY + QUERIES * dy_head, X + QUERIES * x_head, K_RSTD, K_WEIGHT, None, DX + QUERIES * dx_head, K_PARTIAL,
-        tokens * KEYS, hidden,
-        dy_stride, dy_head, x_stride, x_head, 0, dx_stride, dx_head, OFFSET, KEYS, ROWS, BLOCK, KEPT, STAGES,
-    )  # fmt: skip
+    program = tl.program_id(0)
+    if program < q_programs:
+        _sweep(
+            DY, X, Q_RSTD, Q_WEIGHT, None, DX, Q_PARTIAL, program, q_programs, tokens * QUERIES, hidden,
+            dy_stride, dy_head, x_stride, x_head, 0, dx_stride, dx_head, OFFSET, QUERIES, ROWS, BLOCK, KEPT, STAGES,
+        )  # fmt: skip
+    else:
+        _sweep(
+            DY + QUERIES * dy_head, X + QUERIES * x_head, K_RSTD, K_WEIGHT, None, DX + QUERIES * dx_head, K_PARTIAL,
+            program - q_programs, tl.num_programs(0) - q_programs, tokens * KEYS, hidden,
+            dy_stride, dy_head, x_stride, x_head, 0, dx_stride, dx_head, OFFSET, KEYS, ROWS, BLOCK, KEPT, STAGES,
+        )  # fmt: skip
 
 
 class Config(NamedTuple):
@@ -171,6 +207,15 @@ def partial_programs(rows: int, hidden: int, device: torch.device) -> int:
     """How many parts `rmsnorm_backward` leaves of the gradient of a weight (hidden,) that `rows` rows had."""
     config = BACKWARD[block_for(hidden)]
     return balanced(triton.cdiv(rows, config.rows), config.programs * device_limits(device)[0])
+
+
+def qk_partial_programs(tokens: int, queries: int, keys: int, hidden: int, device: torch.device) -> tuple[int, int]:
+    """How many parts `qk_rmsnorm_backward` leaves of the gradients of the two weights (hidden,)."""
+    config = BACKWARD[block_for(hidden)]
+    tiles = [triton.cdiv(tokens * heads, config.rows) for heads in (queries, keys)]
+    most = config.programs * device_limits(device)[0] - 1  # one more where both round up
+    rounds = max(1, triton.cdiv(sum(tiles), most))
+    return max(1, triton.cdiv(tiles[0], rounds)), max(1, triton.cdiv(tiles[1], rounds))
 
 
 def rmsnorm_backward(
@@ -265,8 +310,8 @@ def qk_rmsnorm_backward(
         offset: as in the forward.
         out: shaped like `x`; may be `d_normed` or `x`. None: a new one.
         weight_grads: whether each weight's gradient is wanted.
-        partials: (programs, D) float32 each, contiguous, programs as `partial_programs` says of T Nq rows: written, all
-            of it. None: a new one.
+        partials: (programs, D) float32 each, contiguous, programs as `qk_partial_programs` says: written, all of it.
+            None: a new one.
 
     Returns:
         (T, Nq + Nk, D), and (programs, D) float32 each for `reduce_partials`, or None.
@@ -277,12 +322,12 @@ def qk_rmsnorm_backward(
     dx, dx_rows = outlet(out, x, x.dtype)
     block = block_for(hidden)
     config = BACKWARD[block]
-    programs = partial_programs(tokens * queries, hidden, x.device)
-    assert tokens * heads + programs * config.rows < 2**31
+    programs = qk_partial_programs(tokens, queries, heads - queries, hidden, x.device)
+    assert tokens * heads + sum(programs) * config.rows < 2**31
     q_partial, k_partial = (
-        _parts(given, wanted, programs, x) for given, wanted in zip(partials, weight_grads, strict=True)
+        _parts(given, wanted, count, x) for given, wanted, count in zip(partials, weight_grads, programs, strict=True)
     )
-    qk_rmsnorm_backward_kernel[(programs,)](
+    qk_rmsnorm_backward_kernel[(sum(programs),)](
         d_rows,
         rows,
         *rstds,
@@ -291,6 +336,7 @@ def qk_rmsnorm_backward(
         q_partial,
         k_partial,
         tokens,
+        programs[0],
         hidden,
         d_rows.stride(0),
         d_rows.stride(1),

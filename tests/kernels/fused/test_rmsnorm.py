@@ -96,7 +96,7 @@ def test_queries_and_keys_compile(block: int) -> None:
     signature = {
         **dict.fromkeys(("DY", "X", "Q_WEIGHT", "K_WEIGHT", "DX"), "*bf16"),
         **dict.fromkeys(("Q_RSTD", "K_RSTD", "Q_PARTIAL", "K_PARTIAL"), "*fp32"),
-        "tokens": "i32",
+        **dict.fromkeys(("tokens", "q_programs"), "i32"),
         **dict.fromkeys(("hidden", "dy_stride", "dy_head", "x_stride", "x_head", "dx_stride", "dx_head"), "i32:16"),
     }
     for name, (target, shared) in TARGETS.items():

@@ -140,7 +140,8 @@ def test_queries_and_keys_in_one_launch(rows: int, queries: int, keys: int, widt
         rmsnorm_backward(*given)
         for given in zip(d.double().split(split, 1), x.split(split, 1), rstds, weights, strict=True)
     ]
-    places = torch.full((2, fused.partial_programs(rows * queries, width, x.device), width), float("nan"))
+    programs = fused.qk_partial_programs(rows, queries, keys, width, x.device)
+    places = [torch.full((count, width), float("nan")) for count in programs]
     behind = d_qkv[:, heads:].clone()
     over = d_qkv[:, :heads]
     for options in ({}, {"weight_grads": (True, False)}, {"partials": tuple(places), "out": over}):
@@ -151,7 +152,7 @@ def test_queries_and_keys_in_one_launch(rows: int, queries: int, keys: int, widt
             assert (partial is not None) == wanted
             if partial is not None:
                 assert relative_error(partial.double().sum(0), exact[0]) < 2e-6
-    assert partials[0] is not None and partials[0].data_ptr() == places.data_ptr()
+    assert partials[0] is not None and partials[0].data_ptr() == places[0].data_ptr()
     assert dx.data_ptr() == over.data_ptr() and torch.equal(d_qkv[:, heads:], behind)
 
 
