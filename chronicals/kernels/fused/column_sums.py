@@ -21,7 +21,7 @@ from torch import Tensor
 from chronicals.kernels.fused.launch import balanced, device_limits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS, COLUMNS, THREADS = 4, 512, 64  # of a tile; a thread has the same places of each tile, and sums in registers
+ROWS, COLUMNS, THREADS = 8, 256, 32  # of a tile; a thread has the same places of each tile, and sums in registers
 KEPT = 1 if COLUMNS >= 8 * THREADS else ROWS  # rows of sums: a row that takes all threads, 8 columns each, needs one
 PROGRAMS, STAGES = 8, 4  # programs of a multiprocessor; of their loads: one tile less than this waits in shared memory
 REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_THREADS = 1024, 16, 512  # 64 bytes of a row, so that 896 columns are 56 programs

@@ -21,7 +21,7 @@ from chronicals.kernels.dora import DoRARows
 from chronicals.kernels.fused.column_sums import COLUMNS, KEPT, ROWS, STAGES, THREADS, column_parts
 
 NORM_ROWS, NORM_COLUMNS, NORM_RANK, NORM_STAGES, NORM_WARPS = 64, 32, 32, 2, 4
-SCALE_ROWS, SCALE_COLUMNS, SCALE_THREADS = 8, 512, 64  # of a tile: 1 KB of a row, and a thread's columns in each row
+SCALE_ROWS, SCALE_COLUMNS, SCALE_THREADS = 4, 1024, 128  # of a tile: 2 KB of a row, and a thread's columns in each row
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FIELDS = 11  # of a target in the table
 _FIELDS = tl.constexpr(FIELDS)

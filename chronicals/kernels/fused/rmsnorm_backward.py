@@ -172,7 +172,7 @@ class Config(NamedTuple):
 # by the width of a tile
 BACKWARD = {
     64: Config(32, 4, 4),
-    128: Config(16, 4, 4, 3),
+    128: Config(16, 4, 5, 2),
     256: Config(8, 4, 4),
     1024: Config(2, 4, 3, 4),
     2048: Config(2, 8, 2, 3),
