@@ -19,6 +19,9 @@ of a down projection:
 
 dx and y are rounded once more then, as they are where adapters are not joined.
 
+Where x was normed and the norm is not kept, it is not made again: dA = u' x = ((u / rms)' z) times the norm's weight by
+columns, z the norm's input (`backward_unnormed`).
+
 W is a view of U. A and B of each target stay parameters of their own, as PEFT has them, and are copied into U at the
 start of each micro-batch (`placements`). Dropout and DoRA, which are more than one matmul, are in joined_variants.py.
 
@@ -150,10 +153,10 @@ class JoinedLoRA(LoRAProjection):
         wide, t = x @ self.whole()[:, :columns].t(), self.kept(x) if apart is None else apart
         return self._add(wide, self.joined[:rows, columns:].t(), t)
 
-    def _add(self, wide: Tensor, right: Tensor, kept: Tensor) -> Tensor:
-        """(T, N + R), [y | v] -> y + s v R, R (R, N) being `right`; s v is written to `kept` (T, R)."""
+    def _add(self, wide: Tensor, right: Tensor, kept: Tensor, rows: Tensor | None = None) -> Tensor:
+        """(T, N + R), [y | v] -> y + s v R, R (R, N) being `right`; s v is written to `kept` (T, R), times `rows`."""
         y, thin = wide.split(right.shape[::-1], dim=1)
-        return self.ops.lora_add_(y, thin, right, alpha=self.alpha, scales=self.scales, kept=kept)
+        return self.ops.lora_add_(y, thin, right, alpha=self.alpha, scales=self.scales, kept=kept, rows=rows)
 
     def backward(
         self,
@@ -173,6 +176,34 @@ class JoinedLoRA(LoRAProjection):
         self.weight_grads(d_out, x, kept, gradients)
         return d_x
 
+    @property
+    def takes_unnormed(self) -> bool:  # type: ignore[override]
+        """Not in float16, whose range u / rms may leave."""
+        return self.joined.dtype != torch.float16
+
+    def backward_unnormed(
+        self,
+        d_out: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        norm: Tensor,
+        kept: Tensor,
+        gradients: WeightGradients,
+        *,
+        read: bool = True,
+    ) -> Tensor | None:
+        rows, columns = self.weight.shape
+        joined, u, d_x = self.whole(), d_out.new_empty(len(d_out), self.out_room), None
+        if read and self.u_beside:
+            d_x = self._add(d_out @ joined[:rows], joined[rows:, :columns], u, rstd)
+        else:
+            left, b = widened(d_out, self.out_room), joined[:rows, columns:]
+            scaling: dict[str, Any] = {"alpha": self.alpha, "scales": self.scales}
+            self.ops.lora_up_backward(d_out, b, self.blocks, **scaling, out=left[:, rows:], copy=u, rows=rstd)
+            d_x = left @ joined[:, :columns] if read else None
+        self._adapter_grads(d_out, u, x, kept, gradients, norm)
+        return d_x
+
     def input_grad(self, d_out: Tensor) -> Tensor:
         return Projection.input_grad(self, d_out)
 
@@ -187,11 +218,22 @@ class JoinedLoRA(LoRAProjection):
 
     def weight_grads(self, d_out: Tensor, x: Tensor, kept: Tensor | None, gradients: WeightGradients) -> None:
         assert kept is not None, "t goes with x"
-        u = widened(d_out, self.out_room)[:, d_out.shape[1] :]
+        self._adapter_grads(d_out, widened(d_out, self.out_room)[:, d_out.shape[1] :], x, kept, gradients)
+
+    def _adapter_grads(
+        self,
+        d_out: Tensor,
+        u: Tensor,
+        x: Tensor,
+        kept: Tensor,
+        gradients: WeightGradients,
+        norm: Tensor | None = None,
+    ) -> None:
+        """Of A, B and the bias; `norm` as in `lora_grads`."""
         pairs = [(a, b) for _, a, b in self.adapters()]
 
         def write(buffers: Sequence[Tensor | None], add: bool) -> None:
-            self.ops.lora_grads(d_out, u, x, kept, self.blocks, buffers[::2], buffers[1::2], add=add)
+            self.ops.lora_grads(d_out, u, x, kept, self.blocks, buffers[::2], buffers[1::2], add=add, norm=norm)
 
         gradients.together([parameter for pair in pairs for parameter in pair], write)
         self.bias_grad(d_out, gradients)

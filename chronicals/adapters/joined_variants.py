@@ -41,6 +41,7 @@ class JoinedDropout(JoinedLoRA):
     """`JoinedLoRA` with dropout of its adapters' inputs while training."""
 
     beside = False
+    takes_unnormed = False
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)
@@ -150,6 +151,7 @@ class JoinedDoRA(JoinedLoRA, DoRAProjection):
 
     joins_glu = False
     beside = False
+    takes_unnormed = False
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)

@@ -60,7 +60,15 @@ def lora_down(
 
 
 def lora_up_backward(
-    d_out: Tensor, b: Tensor, blocks: Sequence[Block], *, alpha: float, scales: Tensor | None = None, out: Tensor
+    d_out: Tensor,
+    b: Tensor,
+    blocks: Sequence[Block],
+    *,
+    alpha: float,
+    scales: Tensor | None = None,
+    out: Tensor,
+    copy: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> None:
     """`u = s dy B`.
 
@@ -70,14 +78,24 @@ def lora_up_backward(
         blocks: in order, side by side in ranks; beyond the last all is zero.
         alpha, scales: as in `lora_down`.
         out: (T, R), last stride 1: written, zeros beyond the last block included.
+        copy: (T, R), last stride 1: written too, each row times its element of `rows` (T,) float32, where given.
     """
     torch.addmm(out, d_out, b, beta=0, alpha=alpha, out=out)
     if scales is not None:
         out.mul_(scales)
+    if copy is not None:
+        copy.copy_(out if rows is None else out * rows[:, None])
 
 
 def lora_add_(
-    y: Tensor, thin: Tensor, right: Tensor, *, alpha: float, scales: Tensor | None = None, kept: Tensor
+    y: Tensor,
+    thin: Tensor,
+    right: Tensor,
+    *,
+    alpha: float,
+    scales: Tensor | None = None,
+    kept: Tensor,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """`y += s v R`, where one matmul made y and v = x A' (R = B') or v = dy B (R = A) beside it.
 
@@ -87,6 +105,7 @@ def lora_add_(
         right: (R, N).
         alpha, scales: as in `lora_down`.
         kept: (T, R), last stride 1: s v is written to it, t or u.
+        rows: (T,) float32: of `kept` alone, each row is written times its element.
 
     Returns:
         y.
@@ -94,7 +113,10 @@ def lora_add_(
     torch.mul(thin, alpha, out=kept)
     if scales is not None:
         kept.mul_(scales)
-    return y.addmm_(kept, right)
+    y.addmm_(kept, right)
+    if rows is not None:
+        kept.mul_(rows[:, None])
+    return y
 
 
 def lora_grads(
@@ -107,6 +129,7 @@ def lora_grads(
     d_b: Sequence[Tensor | None],
     *,
     add: bool,
+    norm: Tensor | None = None,
 ) -> None:
     """`dA = u' x` and `dB_i = dy_i' t_i`.
 
@@ -116,9 +139,18 @@ def lora_grads(
         d_a: of each adapter (rank, in), contiguous, of d_out's dtype or float32: written. None: not wanted.
         d_b: of each adapter (columns, rank), likewise.
         add: to what is there.
+        norm: (in,): columns of dA are times its elements. With u times 1 / rms of its row, x may be what a norm of that
+            weight read: `u' norm(x) = ((u / rms)' x) norm`.
     """
     for block, da, db in zip(blocks, d_a, d_b, strict=True):
         if da is not None:
-            matmul_into(da, add, u[:, block.ranks].t(), x)
+            if norm is None:
+                matmul_into(da, add, u[:, block.ranks].t(), x)
+            else:
+                change = torch.empty_like(da) if add else da
+                matmul_into(change, False, u[:, block.ranks].t(), x)
+                change.mul_(norm)
+                if add:
+                    da.add_(change)
         if db is not None:
             matmul_into(db, add, d_out[:, block.outputs].t(), t[:, block.ranks])

@@ -64,15 +64,20 @@ class Half:
     def parameters(self) -> Iterator[nn.Parameter]:
         return chain(self.norm.parameters(), self.weights.parameters())
 
-    def normed(self, saved: Normed, projection: Projection) -> Tensor:
-        """(T, H), the input of its first projection: kept, or made again with the room that is wanted behind it."""
-        return self.norm.again(saved.x, saved.rstd, projection.in_room) if saved.normed is None else saved.normed
+    def normed(self, saved: Normed, projection: Projection, *, multiplied: bool = False) -> Tensor | None:
+        """(T, H), the input of its first projection: kept, or made again with the room that is wanted behind it. None
+        where its backward does without, and it is not to be `multiplied` by the weight again."""
+        if saved.normed is not None:
+            return saved.normed
+        if projection.takes_unnormed and not multiplied:
+            return None
+        return self.norm.again(saved.x, saved.rstd, projection.in_room)
 
     def behind_norm(
         self,
         projection: Projection,
         saved: Normed,
-        normed: Tensor,
+        normed: Tensor | None,
         d_out: Tensor,
         d: Tensor,
         gradients: WeightGradients,
@@ -83,7 +88,12 @@ class Half:
         (T, H) with `room` behind it, or None where nobody reads it."""
         read = room is not None or self.norm.weight.requires_grad
         kept = kept_of(projection, normed, saved.normed_kept)
-        d_normed = projection.backward(d_out, normed, kept, gradients, y=y, read=read)
+        if normed is None:
+            assert kept is not None
+            weight = self.norm.weight.detach()
+            d_normed = projection.backward_unnormed(d_out, saved.x, saved.rstd, weight, kept, gradients, read=read)
+        else:
+            d_normed = projection.backward(d_out, normed, kept, gradients, y=y, read=read)
         if d_normed is None:
             return None
         out = outlet(d, d.shape[1], room or 0)

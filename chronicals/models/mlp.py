@@ -98,8 +98,10 @@ class MLPHalf(Half):
         self, saved: MLPSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None
     ) -> Tensor | None:
         gate_up_proj, down_proj = self.mlp.gate_up_proj, self.mlp.down_proj
-        normed = self.normed(saved, gate_up_proj)
-        gate_up = self.up(normed, product=False)[0] if saved.gate_up is None else saved.gate_up
+        normed, gate_up = self.normed(saved, gate_up_proj, multiplied=saved.gate_up is None), saved.gate_up
+        if gate_up is None:
+            assert normed is not None
+            gate_up, _ = self.up(normed, product=False)
         y = gate_up_proj.kept_out(gate_up)
         d_gate_up = gate_up if y is None else torch.empty_like(gate_up)
         kept = kept_of(down_proj, saved.product, saved.product_kept)

@@ -76,12 +76,14 @@ class Projection(nn.Module):
         in_room: columns of room that `forward` wants behind its input.
         out_room: columns of room that `input_grad` wants behind the gradient of its output.
         joins_glu: whether its output is one matmul of `operands`, so that the GLU behind it may be a part of that.
+        takes_unnormed: whether `backward_unnormed` does without a forward's input that a norm made.
         joins_glu_grad: whether the gradient of its input is one matmul, of `grad_operands`, so that the gradient of the
             GLU before it may be.
     """
 
     in_room = 0
     out_room = 0
+    takes_unnormed = False
     joins_glu = True
     joins_glu_grad = True
 
@@ -171,6 +173,21 @@ class Projection(nn.Module):
             self.fill_grad_room(d_out)
         self.weight_grads(d_out, x, kept, gradients)
         return d_x
+
+    def backward_unnormed(
+        self,
+        d_out: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        norm: Tensor,
+        kept: Tensor,
+        gradients: WeightGradients,
+        *,
+        read: bool = True,
+    ) -> Tensor | None:
+        """`backward`, where it `takes_unnormed`; the forward's input was `x rstd norm`: (T, in), (T,) by rows and (in,)
+        by columns."""
+        raise NotImplementedError
 
     def glu(
         self,

@@ -31,8 +31,10 @@ def test_what_is_left_behind_a_matmul(forward: bool, alike: bool) -> None:
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("add", [False, True])
-def test_gradients_of_bf16(kept: torch.dtype, add: bool) -> None:
+@pytest.mark.parametrize("normed", [False, True])
+def test_gradients_of_bf16(kept: torch.dtype, add: bool, normed: bool) -> None:
     case = Case(13, 10, QKV, dtype=torch.bfloat16)
+    case.norm = torch.randn(10).bfloat16() if normed else None
     t, _, u = case.thin(REFERENCE)
     found = case.grads(REFERENCE, t, u, add=add, kept=kept)
     assert worst(found, case.exact_grads(t, u, add=add)) < {torch.float32: 1e-6, torch.bfloat16: 1e-2}[kept]

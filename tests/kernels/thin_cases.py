@@ -40,6 +40,8 @@ class Case:
         self.x, self.d = (self.wide(tokens, width, options) for width in (inputs, columns))
         scales = torch.rand(self.room, device=options.get("device")) + 0.5
         self.scaling: dict[str, Any] = {"alpha": 0.5, "scales": None if alike else scales}
+        self.rows = torch.rand(tokens, device=options.get("device")) + 0.5
+        self.norm: Tensor | None = None  # of `grads`
         self.options = options
 
     def wide(self, tokens: int, width: int, options: dict[str, Any]) -> Tensor:
@@ -49,12 +51,15 @@ class Case:
         return wide
 
     def thin(self, ops: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """t, its copy, and u."""
+        """t, its copy, and u, whose copy is held to it."""
         tokens = len(self.x) - 1
         t, u = self.x[:tokens, self.inputs :], self.d[:tokens, self.outputs :]
         copy = torch.full((tokens, self.room), float("nan"), **self.options)
         ops.lora_down(self.x[:tokens, : self.inputs], self.a, **self.scaling, out=t, copy=copy)
-        ops.lora_up_backward(self.d[:tokens, : self.outputs], self.b, self.blocks, **self.scaling, out=u)
+        d, scaled, rows = self.d[:tokens, : self.outputs], torch.full_like(copy, float("nan")), self.rows
+        ops.lora_up_backward(d, self.b, self.blocks, **self.scaling, out=u, copy=scaled, rows=rows)
+        eps = 2 * torch.finfo(u.dtype).eps
+        assert torch.allclose(scaled.double(), u.double() * rows[:, None], rtol=eps, atol=eps / 1000)
         assert bool(self.x[tokens].isnan().all()) and bool(self.d[tokens].isnan().all()), "written behind the last row"
         return t, copy, u
 
@@ -72,9 +77,10 @@ class Case:
         thin.copy_(torch.randn_like(thin))
         s = 0.5 * (1 if self.scaling["scales"] is None else self.scaling["scales"].double())
         scaled, before = s * thin.double(), y.double()
-        found = ops.lora_add_(y, thin, right, **self.scaling, kept=kept)
+        found = ops.lora_add_(y, thin, right, **self.scaling, kept=kept, rows=self.rows)
         assert found.data_ptr() == y.data_ptr() and bool(wide[tokens].isnan().all()), "written behind the last row"
-        return [found, kept], [before + kept.double() @ right.double(), scaled]
+        rounded = scaled.to(y.dtype).double()
+        return [found, kept], [before + rounded @ right.double(), scaled * self.rows[:, None]]
 
     def grads(
         self, ops: Any, t: Tensor, u: Tensor, *, add: bool = False, kept: torch.dtype | None = None, frozen: int = -1
@@ -89,7 +95,7 @@ class Case:
             at += m * n + 16
         before = flat.clone()
         x, d = self.x[:-1, : self.inputs], self.d[:-1, : self.outputs]
-        ops.lora_grads(d, u, x, t, self.blocks, out[::2], out[1::2], add=add)
+        ops.lora_grads(d, u, x, t, self.blocks, out[::2], out[1::2], add=add, norm=self.norm)
         changed = sum(gradient.numel() for gradient in out if gradient is not None)
         same = (flat == before) | (flat.isnan() & before.isnan())
         assert int((~same).sum()) <= changed and bool(same[:16].all()), "written beside"
@@ -97,7 +103,8 @@ class Case:
 
     def exact_grads(self, t: Tensor, u: Tensor, *, add: bool = False) -> list[Tensor]:
         x, d, t, u = (m.double() for m in (self.x[:-1, : self.inputs], self.d[:-1, : self.outputs], t, u))
-        pairs = [(u[:, b.ranks].t() @ x, d[:, b.outputs].t() @ t[:, b.ranks]) for b in self.blocks]
+        norm = 1.0 if self.norm is None else self.norm.double()
+        pairs = [(u[:, b.ranks].t() @ x * norm, d[:, b.outputs].t() @ t[:, b.ranks]) for b in self.blocks]
         return [gradient + float(add) for pair in pairs for gradient in pair]
 
 

@@ -33,6 +33,7 @@ def lora_add_kernel(
     RIGHT: tl.tensor,  # (ranks, columns)
     KEPT: tl.tensor,  # (tokens, ranks), last stride 1: gets what THIN is behind its scale
     SCALES: tl.tensor,  # (ranks,) float32, or None
+    ROW_SCALES: tl.tensor,  # (tokens,) float32, of KEPT alone, or None
     alpha: tl.tensor,
     tokens: tl.tensor,
     columns: tl.tensor,
@@ -60,24 +61,41 @@ def lora_add_kernel(
         thin = tl.load(THIN + token.to(tl.int64) * thin_stride + rank, mask=here, other=0.0).to(tl.float32) * alpha
         if SCALES is not None:
             thin *= tl.load(SCALES + rank, mask=rank < RANKS, other=0.0)
-        thin = thin.to(Y.dtype.element_ty)
         if strip == 0:
-            tl.store(KEPT + token.to(tl.int64) * kept_stride + rank, thin, mask=here)
+            kept = thin
+            if ROW_SCALES is not None:
+                kept *= tl.load(ROW_SCALES + token, mask=token < tokens, other=0.0)
+            tl.store(KEPT + token.to(tl.int64) * kept_stride + rank, kept.to(Y.dtype.element_ty), mask=here)
+        thin = thin.to(Y.dtype.element_ty)
         at = RIGHT + inner.to(tl.int64) * right_rank + column.to(tl.int64) * right_column
         total = tl.dot(thin, tl.load(at, mask=(inner < RANKS) & (column < columns), other=0.0), total)
     tl.store(Y, (y.to(tl.float32) + total).to(Y.dtype.element_ty), mask=mask)
 
 
 def lora_add_(
-    y: Tensor, thin: Tensor, right: Tensor, *, alpha: float, scales: Tensor | None = None, kept: Tensor
+    y: Tensor,
+    thin: Tensor,
+    right: Tensor,
+    *,
+    alpha: float,
+    scales: Tensor | None = None,
+    kept: Tensor,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """As `chronicals.kernels.lora_thin.lora_add_`, in one launch."""
     assert y.dtype in DTYPES, f"no kernel for {y.dtype}"
-    return launch_add(ADD, y, thin, right, alpha, scales, kept)
+    return launch_add(ADD, y, thin, right, alpha, scales, kept, rows)
 
 
 def launch_add(
-    config: Config, y: Tensor, thin: Tensor, right: Tensor, alpha: float, scales: Tensor | None, kept: Tensor
+    config: Config,
+    y: Tensor,
+    thin: Tensor,
+    right: Tensor,
+    alpha: float,
+    scales: Tensor | None,
+    kept: Tensor,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """`lora_add_`, cut as `config` says."""
     (tokens, columns), ranks = y.shape, len(right)
@@ -85,11 +103,11 @@ def launch_add(
     assert y.dtype == thin.dtype == right.dtype == kept.dtype
     assert y.stride(1) == thin.stride(1) == kept.stride(1) == 1
     assert kept.data_ptr() != thin.data_ptr() or not tokens, "programs read thin while one writes kept"
-    assert scales is None or scales.dtype == torch.float32
+    assert all(one is None or one.dtype == torch.float32 for one in (scales, rows))
     programs = triton.cdiv(tokens, config.rows) * triton.cdiv(columns, config.columns)
     if programs:
         lora_add_kernel[(programs,)](
-            y, thin, right, kept, scales, alpha, tokens, columns,
+            y, thin, right, kept, scales, rows, alpha, tokens, columns,
             y.stride(0), thin.stride(0), right.stride(0), right.stride(1), kept.stride(0),
             RANKS=ranks, WIDTH=width_for(ranks), ROWS=config.rows, COLUMNS=config.columns, num_warps=config.warps,
         )  # fmt: skip

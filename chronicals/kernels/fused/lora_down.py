@@ -45,8 +45,9 @@ def _store_thin(
 
 @triton.jit
 def _store_down(
-    total: tl.tensor, OUT: tl.tensor, COPY: tl.tensor, SCALES: tl.tensor, alpha: tl.tensor, out_stride: tl.tensor,
-    copy_stride: tl.tensor, token: tl.tensor, tokens: tl.tensor, rank: tl.tensor, ranks: tl.tensor,
+    total: tl.tensor, OUT: tl.tensor, COPY: tl.tensor, SCALES: tl.tensor, ROW_SCALES: tl.tensor, alpha: tl.tensor,
+    out_stride: tl.tensor, copy_stride: tl.tensor, token: tl.tensor, tokens: tl.tensor, rank: tl.tensor,
+    ranks: tl.tensor,
 ) -> None:  # fmt: skip
     """`rank`: (1, WIDTH), and `ranks`, behind the last that is stored."""
     total *= alpha
@@ -54,6 +55,8 @@ def _store_down(
         total *= tl.load(SCALES + rank, mask=rank < ranks, other=0.0)
     _store_thin(total, OUT, out_stride, token, tokens, rank, ranks)
     if COPY is not None:
+        if ROW_SCALES is not None:
+            total *= tl.load(ROW_SCALES + token, mask=token < tokens, other=0.0)
         _store_thin(total, COPY, copy_stride, token, tokens, rank, ranks)
 
 
@@ -64,6 +67,7 @@ def lora_down_kernel(
     OUT: tl.tensor,  # (tokens, ranks), last stride 1
     COPY: tl.tensor,  # (tokens, ranks), last stride 1, or None
     SCALES: tl.tensor,  # (ranks,) float32, or None
+    ROW_SCALES: tl.tensor,  # (tokens,) float32, of COPY alone, or None
     PARTIAL: tl.tensor,  # (programs, ROWS, WIDTH) float32, where SPLIT
     COUNTER: tl.tensor,  # (programs,) int32, zeros, where SPLIT
     alpha: tl.tensor,
@@ -133,7 +137,7 @@ def lora_down_kernel(
         PARTIAL += program.to(tl.int64) * ROWS * WIDTH + row * WIDTH + tl.arange(0, WIDTH)[None, :]
         mine, total = joined(total, PARTIAL, split, splits, ROWS * WIDTH, COUNTER + program)
     if mine:
-        _store_down(total, OUT, COPY, SCALES, alpha, out_stride, copy_stride, token, tokens, rank, ranks)
+        _store_down(total, OUT, COPY, SCALES, ROW_SCALES, alpha, out_stride, copy_stride, token, tokens, rank, ranks)
 
 
 def lora_down(
@@ -146,13 +150,21 @@ def lora_down(
 
 
 def lora_up_backward(
-    d_out: Tensor, b: Tensor, blocks: Sequence[Block], *, alpha: float, scales: Tensor | None = None, out: Tensor
+    d_out: Tensor,
+    b: Tensor,
+    blocks: Sequence[Block],
+    *,
+    alpha: float,
+    scales: Tensor | None = None,
+    out: Tensor,
+    copy: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> None:
     """As `chronicals.kernels.lora_thin.lora_up_backward`, in one launch."""
     assert d_out.dtype in DTYPES, f"no kernel for {d_out.dtype}"
     *others, last = blocks
     blocks = [*others, last._replace(rank=out.shape[1] - last.start)]  # zeros beyond it are its own
-    launch_down(UP, d_out, b, blocks, alpha, scales, out, None, across=False)
+    launch_down(UP, d_out, b, blocks, alpha, scales, out, copy, across=False, rows=rows)
 
 
 def launch_down(
@@ -166,6 +178,7 @@ def launch_down(
     copy: Tensor | None,
     *,
     across: bool,
+    rows: Tensor | None = None,
 ) -> None:
     """`lora_down`, where `across`, or `lora_up_backward`, cut as `config` says."""
     tokens = len(x)
@@ -174,7 +187,7 @@ def launch_down(
     assert copy is None or copy.shape == out.shape
     assert x.dtype == right.dtype == out.dtype
     assert all(matrix.stride(1) == 1 for matrix in (x, right, out) + (() if copy is None else (copy,)))
-    assert scales is None or scales.dtype == torch.float32
+    assert all(one is None or one.dtype == torch.float32 for one in (scales, rows))
     width = width_for(max(block.rank for block in blocks))
     tiles = triton.cdiv(tokens, config.rows)
     work = sum(block.columns * triton.cdiv(block.rank, width) for block in blocks)
@@ -186,7 +199,7 @@ def launch_down(
     if programs == 0:
         return
     lora_down_kernel[(programs,)](
-        x, right, out, copy, scales, *workspace(x, programs, programs * config.rows * width, split), alpha,
+        x, right, out, copy, scales, rows, *workspace(x, programs, programs * config.rows * width, split), alpha,
         tokens, x.stride(0), right.stride(0), out.stride(0), 0 if copy is None else copy.stride(0), chunk,
         *flat(blocks), ACROSS=across, SPLIT=split,
         COLUMN_ALIGN=divisor(n for block in blocks for n in (block.first, block.columns)),

@@ -80,6 +80,7 @@ def lora_grads_kernel(
     U: tl.tensor,  # (tokens, ranks)
     X: tl.tensor,  # (tokens, inputs)
     T: tl.tensor,  # (tokens, ranks)
+    NORM: tl.tensor,  # (inputs,), times which columns of DA are, or None
     DA0: tl.tensor,  # of each part: (rank, inputs), and (columns, rank), contiguous, or None
     DB0: tl.tensor,
     DA1: tl.tensor,
@@ -143,6 +144,8 @@ def lora_grads_kernel(
         )  # fmt: skip
         if mine:
             d_a, row_a = tl.trans(d_at), tl.trans(rank_a)
+            if NORM is not None:
+                d_a *= tl.load(NORM + column, mask=column < inputs, other=0.0).to(tl.float32)
             _store_grad(d_a, DA0, row_a - start0, rank0, column, inputs, ADD)
             _store_grad(d_a, DA1, row_a - start1, rank1, column, inputs, ADD)
             _store_grad(d_a, DA2, row_a - start2, rank2, column, inputs, ADD)
@@ -180,11 +183,12 @@ def lora_grads(
     d_b: Sequence[Tensor | None],
     *,
     add: bool,
+    norm: Tensor | None = None,
 ) -> None:
     """As `chronicals.kernels.lora_thin.lora_grads`, in one launch."""
     assert x.dtype in DTYPES, f"no kernel for {x.dtype}"
     config = GRADS_LONG if len(x) >= LONG else GRADS
-    launch_grads(config, d_out, u, x, t, blocks, d_a, d_b, add=add)
+    launch_grads(config, d_out, u, x, t, blocks, d_a, d_b, add=add, norm=norm)
 
 
 def launch_grads(
@@ -198,6 +202,7 @@ def launch_grads(
     d_b: Sequence[Tensor | None],
     *,
     add: bool,
+    norm: Tensor | None = None,
 ) -> None:
     """`lora_grads`, cut as `config` says."""
     tokens, inputs = x.shape
@@ -207,6 +212,7 @@ def launch_grads(
     for block, da, db in zip(blocks, d_a, d_b, strict=True):
         assert da is None or (da.shape == (block.rank, inputs) and da.is_contiguous())
         assert db is None or (db.shape == (block.columns, block.rank) and db.is_contiguous())
+    assert norm is None or (norm.shape == (inputs,) and norm.is_contiguous())
     ranks = blocks[-1].start + blocks[-1].rank
     if all(da is None for da in d_a):
         inputs = 0
@@ -222,7 +228,7 @@ def launch_grads(
     wider = max(a_width, b_width)
     outs = [out for pair in zip(d_a, d_b, strict=True) for out in pair]
     lora_grads_kernel[(tiles * splits,)](
-        d_out, u, x, t, *outs, *[None] * (2 * MOST_PARTS - len(outs)),
+        d_out, u, x, t, norm, *outs, *[None] * (2 * MOST_PARTS - len(outs)),
         *workspace(x, tiles, splits * tiles * config.columns * wider, splits > 1),
         tokens, d_out.stride(0), u.stride(0), x.stride(0), t.stride(0), chunk, inputs, ranks,
         *flat(wanted), ADD=add, SPLIT=splits > 1,

@@ -62,6 +62,7 @@ def test_what_is_left_behind_a_matmul(name: str, tokens: int, forward: bool) -> 
 @pytest.mark.parametrize("frozen", [-1, 0, 3])
 def test_added(kept: torch.dtype, frozen: int) -> None:
     case = Case(2051, 896, PARTS["qkv"], dtype=torch.bfloat16, device="cuda")
+    case.norm = torch.randn(896, dtype=torch.bfloat16, device="cuda") if frozen else None
     t, _, u = case.thin(fused)
     found, exact = case.grads(fused, t, u, add=True, kept=kept, frozen=frozen), case.exact_grads(t, u, add=True)
     assert worst(found, exact) < {torch.float32: 1e-5, torch.bfloat16: 4e-3}[kept]

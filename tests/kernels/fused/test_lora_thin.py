@@ -55,10 +55,11 @@ def check_counting(assembly: str) -> None:
 )
 def test_down(monkeypatch: pytest.MonkeyPatch, name: str, width: int, split: bool) -> None:
     config, across = DOWNS[name], not name.startswith("up")
-    signature = dict.fromkeys(("X", "RIGHT", "OUT", *(["COPY"] if across else [])), "*bf16")
+    rows = None if across else "*fp32"  # of u's copy alone
+    signature = dict.fromkeys(("X", "RIGHT", "OUT", "COPY"), "*bf16") | ({"ROW_SCALES": rows} if rows else {})
     signature |= {"alpha": "fp32", "tokens": "i32"} | ({} if across else {"SCALES": "*fp32"})
     signature |= dict.fromkeys(("x_stride", "right_stride", "out_stride", "copy_stride"), "i32:16")
-    constexprs = {"ACROSS": across, "WIDTH": width, **({"SCALES": None} if across else {"COPY": None})}
+    constexprs = {"ACROSS": across, "WIDTH": width, **({"SCALES": None, "ROW_SCALES": None} if across else {})}
     size = (config.rows + width) * config.columns * 2
     found = compiled(monkeypatch, lora_down.lora_down_kernel, signature, constexprs, config, size, split)
     assert found["sm_90"].stack == found["sm_80"].stack == 0
@@ -80,7 +81,7 @@ def test_grads(
     monkeypatch: pytest.MonkeyPatch, config: lora_thin.Config, parts: int, widths: tuple[int, int], split: bool
 ) -> None:
     outs = [f"{name}{part}" for part in range(3) for name in ("DA", "DB")]
-    signature = dict.fromkeys(("D", "U", "X", "T", *outs[: 2 * parts]), "*bf16") | {"tokens": "i32"}
+    signature = dict.fromkeys(("D", "U", "X", "T", "NORM", *outs[: 2 * parts]), "*bf16") | {"tokens": "i32"}
     sizes = ("d_stride", "u_stride", "x_stride", "t_stride", "inputs", "ranks")
     signature |= dict.fromkeys(sizes, "i32:16")
     constexprs = dict.fromkeys(outs[2 * parts :]) | {"ADD": parts == 1, "A_WIDTH": widths[0], "B_WIDTH": widths[1]}
@@ -100,6 +101,7 @@ def test_add(ranks: int, forward: bool) -> None:
     signature = dict.fromkeys(("Y", "THIN", "RIGHT", "KEPT"), "*bf16") | {"alpha": "fp32", "tokens": "i32"}
     signature |= dict.fromkeys(("columns", "y_stride", "thin_stride", "kept_stride"), "i32:16")
     unit, other = ("right_rank", "right_column") if forward else ("right_column", "right_rank")
+    signature |= {"ROW_SCALES": "*fp32"}
     constexprs = {"SCALES": None, "RANKS": ranks, "WIDTH": width, "ROWS": config.rows, "COLUMNS": config.columns}
     found = compile_all(
         lora_add.lora_add_kernel, signature | {other: "i32:16"}, constexprs | {unit: 1}, num_warps=config.warps
@@ -118,13 +120,13 @@ def test_other_forms() -> None:
     names = ("x_stride", "right_stride", "out_stride", "copy_stride", "chunk", *BLOCKS)
     signature = dict.fromkeys(("X", "RIGHT", "OUT", "COPY"), kind) | {"SCALES": "*fp32"}
     signature |= {"alpha": "fp32", "tokens": "i32"} | dict.fromkeys(names, "i32")
-    constexprs = {"ACROSS": True, "WIDTH": 32, "SPLIT": False, "PARTIAL": None, "COUNTER": None}
+    constexprs = {"ACROSS": True, "WIDTH": 32, "SPLIT": False, "PARTIAL": None, "COUNTER": None, "ROW_SCALES": None}
     constexprs |= {"ROWS": config.rows, "COLUMNS": config.columns, "COLUMN_ALIGN": 1, "RANK_ALIGN": 1, "STAGES": 2}
     targets = {name: TARGETS[name] for name in ("sm_80", "sm_90", "gfx942")}
     compile_all(lora_down.lora_down_kernel, signature, constexprs, num_warps=config.warps, targets=targets)
     add = lora_add.ADD
     signature = dict.fromkeys(("Y", "THIN", "RIGHT", "KEPT"), kind) | {"SCALES": "*fp32", "alpha": "fp32"}
     sizes = ("tokens", "columns", "y_stride", "thin_stride", "right_rank", "right_column", "kept_stride")
-    constexprs = {"RANKS": 21, "WIDTH": 32, "ROWS": add.rows, "COLUMNS": add.columns}
+    constexprs = {"ROW_SCALES": None, "RANKS": 21, "WIDTH": 32, "ROWS": add.rows, "COLUMNS": add.columns}
     signature |= dict.fromkeys(sizes, "i32")
     compile_all(lora_add.lora_add_kernel, signature, constexprs, num_warps=add.warps, targets=targets)

@@ -31,16 +31,16 @@ def ops(config: lora_thin.Config) -> SimpleNamespace:
     def down(x, a, *, alpha, scales, out, copy):
         lora_down.launch_down(config, x, a, [Block(0, x.shape[1], 0, len(a))], alpha, scales, out, copy, across=True)
 
-    def up_backward(d_out, b, blocks, *, alpha, scales, out):
+    def up_backward(d_out, b, blocks, *, alpha, scales, out, copy, rows):
         *others, last = blocks
         blocks = [*others, last._replace(rank=out.shape[1] - last.start)]
-        lora_down.launch_down(config, d_out, b, blocks, alpha, scales, out, None, across=False)
+        lora_down.launch_down(config, d_out, b, blocks, alpha, scales, out, copy, across=False, rows=rows)
 
-    def add_(y, thin, right, *, alpha, scales, kept):
-        return lora_add.launch_add(lora_add.Config(16, 32, 4), y, thin, right, alpha, scales, kept)
+    def add_(y, thin, right, *, alpha, scales, kept, rows):
+        return lora_add.launch_add(lora_add.Config(16, 32, 4), y, thin, right, alpha, scales, kept, rows)
 
-    def grads(*operands, add):
-        lora_grads.launch_grads(config, *operands, add=add)
+    def grads(*operands, **options):
+        lora_grads.launch_grads(config, *operands, **options)
 
     return SimpleNamespace(lora_down=down, lora_up_backward=up_backward, lora_add_=add_, lora_grads=grads)
 
@@ -81,6 +81,7 @@ def test_what_is_left_behind_a_matmul(name: str, cut: SimpleNamespace, dtype: to
 @pytest.mark.parametrize("cut", [WHOLE, SPLIT], ids=["whole", "split"])
 def test_added(cut: object, kept: torch.dtype) -> None:
     case = Case(*CASES["ragged"], dtype=torch.float16)
+    case.norm = torch.randn(case.inputs).half()
     t, _, u = case.thin(cut)
     found = case.grads(cut, t, u, add=True, kept=kept)
     assert worst(found, case.exact_grads(t, u, add=True)) < {torch.float32: 1e-6, torch.float16: 1e-3}[kept]
