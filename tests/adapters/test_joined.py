@@ -99,6 +99,34 @@ def test_what_is_made_beside_is_the_same(
 
 
 @pytest.mark.parametrize(
+    ("policy", "variant", "again"),
+    [("none", "all", 0), ("light", "all", 0), ("mlp", "all", 2), ("full", "all", 0), ("light", "q and v", 2)],
+)
+def test_no_norm_is_made_again_for_adapters(policy: Recompute, variant: str, again: int) -> None:
+    """But for a matmul that runs again, and for projections without."""
+    calls = 0
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return REFERENCE.rmsnorm_recompute(*args, **options)
+
+    model = model_of("window", VARIANTS[variant], ops=replace(REFERENCE, rmsnorm_recompute=counted))
+    model.set_recompute(policy)
+    gradients(model)
+    assert calls == again
+
+
+def test_float16_norms_again() -> None:
+    """u / rms may leave its range."""
+    takes = [
+        {m.takes_unnormed for m in model_of("window", VARIANTS["all"], dtype).modules() if isinstance(m, JoinedLoRA)}
+        for dtype in (torch.float16, torch.bfloat16)
+    ]
+    assert takes == [{False}, {True}]
+
+
+@pytest.mark.parametrize(
     ("shape", "r", "t_beside", "u_beside"),
     [
         ((9728, 896), 32, False, True),  # gate and up of Qwen2.5-0.5B
