@@ -64,7 +64,8 @@ def lora_add_kernel(
         if strip == 0:
             kept = thin
             if ROW_SCALES is not None:
-                kept *= tl.load(ROW_SCALES + token, mask=token < tokens, other=0.0)
+                row = tile * ROWS + tl.arange(0, ROWS)  # not `token`, of which each thread would load its copies
+                kept *= tl.load(ROW_SCALES + row, mask=row < tokens, other=0.0)[:, None]
             tl.store(KEPT + token.to(tl.int64) * kept_stride + rank, kept.to(Y.dtype.element_ty), mask=here)
         thin = thin.to(Y.dtype.element_ty)
         at = RIGHT + inner.to(tl.int64) * right_rank + column.to(tl.int64) * right_column
