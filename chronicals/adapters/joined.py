@@ -125,8 +125,8 @@ class JoinedLoRA(LoRAProjection):
     def apart(self, x: Tensor) -> Tensor:
         return x.new_empty(len(x), self.in_room)
 
-    def whole(self) -> Tensor:
-        """U, all of it to be read."""
+    def whole(self, *, weight: bool = True) -> Tensor:
+        """U, all of it to be read, or but for the `weight`."""
         return self.joined
 
     def operands(self, x: Tensor, apart: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ class JoinedLoRA(LoRAProjection):
         read: bool = True,
     ) -> Tensor | None:
         rows, columns = self.weight.shape
-        joined, u, d_x = self.whole(), d_out.new_empty(len(d_out), self.out_room), None
+        joined, u, d_x = self.whole(weight=read), d_out.new_empty(len(d_out), self.out_room), None
         if read and self.u_beside:
             d_x = self._add(d_out @ joined[:rows], joined[rows:, :columns], u, rstd)
         else:

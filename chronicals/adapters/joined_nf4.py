@@ -54,8 +54,9 @@ class JoinedNF4LoRA(JoinedLoRA):
             self._place = self.ops.place_adapters(list(super().placements()))
         self._place()
 
-    def whole(self) -> Tensor:
-        self.use()
+    def whole(self, *, weight: bool = True) -> Tensor:
+        if weight:
+            self.use()
         self._place_adapters()
         return super().whole()
 

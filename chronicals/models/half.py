@@ -88,11 +88,12 @@ class Half:
         (T, H) with `room` behind it, or None where nobody reads it."""
         read = room is not None or self.norm.weight.requires_grad
         kept = kept_of(projection, normed, saved.normed_kept)
-        if normed is None:
+        if projection.takes_unnormed:  # with the norm at hand too: gradients are the same bits, whatever is kept
             assert kept is not None
             weight = self.norm.weight.detach()
             d_normed = projection.backward_unnormed(d_out, saved.x, saved.rstd, weight, kept, gradients, read=read)
         else:
+            assert normed is not None
             d_normed = projection.backward(d_out, normed, kept, gradients, y=y, read=read)
         if d_normed is None:
             return None
