@@ -67,10 +67,9 @@ class JoinedDropout(JoinedLoRA):
         rows, columns = self.weight.shape
         left = widened(x, self.in_room)
         t = left[:, columns:]
-        self.masked.down(x, self.joined[rows:, :columns], self.dropout.counter, out=t)
-        t[:, self.rank :].zero_()
-        if apart is not None:
-            apart.copy_(t)
+        self.masked.down(x, self.joined[rows:, :columns], self.dropout.counter, out=t, copy=apart)
+        for thin in (t,) if apart is None else (t, apart):
+            thin[:, self.rank :].zero_()
         return left, self.joined[:rows]
 
     def backward(

@@ -138,20 +138,22 @@ class LoRADropout:
         self.parts, self.p, self.seed, self.device = parts, p, seed, device
         self.factor = 1 / (1 - p)
 
-    def down(self, x: Tensor, a: Tensor, counter: Tensor, *, out: Tensor) -> Tensor:
+    def down(self, x: Tensor, a: Tensor, counter: Tensor, *, out: Tensor, copy: Tensor | None = None) -> Tensor:
         """What B is given: t.
 
         Args:
             x: (T, K), any row stride.
             a: (R, K), all A stacked, any row stride.
             out: (T, R), any row stride; columns of no part stay as they are.
+            copy: (T, R), any row stride: the same again.
 
         Returns:
             `out`.
         """
         for part, rows in self._rows():
             t = (x * self._mask(x, part, counter)) @ a[rows].t()
-            out[:, rows] = t * (part.scale * self.factor)
+            for thin in (out,) if copy is None else (out, copy):
+                thin[:, rows] = t * (part.scale * self.factor)
         return out
 
     def up_(self, dx: Tensor, x: Tensor, u: Tensor, a: Tensor, counter: Tensor) -> Tensor:

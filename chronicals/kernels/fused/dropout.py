@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chronicals.kernels.fused.lora_dropout import draw, masked
+from chronicals.kernels.fused.lora_dropout import keeps
 from chronicals.kernels.fused.rows import DTYPES
 from chronicals.kernels.lora import LANES, MOST_CALLS, threshold
 
@@ -44,8 +44,7 @@ def dropout_kernel(
     x = tl.load(X + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0)
     call = token * tl.cdiv(columns, _LANES) + begin // _LANES + tl.arange(0, COLUMNS // _LANES)[None, :]
     seed = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-    r0, r1, r2, r3 = draw(call, stream, tl.load(COUNTER).to(tl.int32), seed)
-    kept = masked(x, r0, r1, r2, r3, limit.to(tl.uint32) << 16)
+    kept = tl.where(keeps(call, stream, tl.load(COUNTER).to(tl.int32), seed, limit.to(tl.uint32) << 16), x, 0.0)
     out = OUT + token.to(tl.int64) * columns + column
     tl.store(out, (kept.to(tl.float32) * factor).to(OUT.dtype.element_ty), mask=mask)
 

@@ -1,14 +1,16 @@
 """Dropout of adapters' inputs, fused with the thin matmuls around it: masks live in registers and are never stored.
 
-The masks are those of `dropout_mask` (chronicals/kernels/lora.py), each adapter's its own. Forward reads x once for
-all adapters of a fused projection, backward reads x and dx once: dx takes what comes back through the adapters, and the
-gradients of all A come out in parts, from one run of Philox each. Where x is a GLU's product, backward makes it again
-from gate and up and goes on through the GLU: neither product nor dx is written. Integer instructions are what this is
-short of on fast memory (docs/math/lora.md counts them), so a call of Philox serves eight consecutive elements, and they
-are those that a thread has loaded.
+The masks are those of `dropout_mask` (chronicals/kernels/lora.py), each adapter's its own. What this is short of are
+instructions that may run: Philox is a chain of integer work (docs/math/lora.md counts it), and registers for several
+masks at once leave few warps to fill the waits. So a call of Philox serves eight consecutive elements, and they are
+those that a thread has loaded; and a program has one adapter, in forward and for the gradient of A: those of a fused
+projection read x one behind the other, out of the cache. dx is one pass for all adapters, whose masks are drawn by the
+threads that have their products. One adapter by itself takes one pass for both; where x is a GLU's product, that pass
+makes it again from gate and up and goes on through the GLU: neither product nor dx is written.
 
-Adapters go through a launch in pieces of at most `MOST_RANK` rows and `MOST_PIECES` pieces; ranks are padded to a power
-of two of at least 16 inside, for tensor cores. Nothing is atomic: the bits are the same every time on one kind of GPU.
+Adapters are cut in pieces of at most `MOST_RANK` rows, and dx takes `MOST_PIECES` of them a launch; ranks are padded to
+a power of two of at least 16 inside, for tensor cores. Nothing is atomic: the bits are the same every time on one kind
+of GPU.
 
 Left out: float64.
 """
@@ -32,50 +34,31 @@ from chronicals.kernels.lora import LANES, MOST_CALLS, LoRADropout, Part, thresh
 from chronicals.kernels.philox import DROPOUT
 
 MOST_RANK, MOST_PIECES, MOST_RANKS = 128, 3, 192  # of a piece; of a launch; padded ranks of a launch
-DOWN_COLUMNS, UP_ROWS, UP_COLUMNS, STAGES = 64, 64, 32, 3
+ROWS, STAGES = 64, 3
+COLUMNS = 64  # of a tile in forward and for gradients of A alone: as many as a warp group's tensor cores take
+DX_COLUMNS = 32  # where dx is made: more of them spill
 FLOAT32_ROWS = 16  # whose products are exact, and therefore not tensor cores': right, and slow
-PROGRAMS = 3  # of a multiprocessor, in backward
-# through a GLU a thread of four warps would hold 214 registers; of eight, two programs fit, and several take turns
-GLU_WARPS, GLU_PROGRAMS = 8, 16
+WARPS = 4
+# programs of a multiprocessor, each with several tiles: both halves of backward, dx alone, the gradients of A alone
+PROGRAMS, DX_PROGRAMS, A_PROGRAMS, GLU_PROGRAMS = 4, 8, 10, 16
 
 _LANES, _DROPOUT = tl.constexpr(LANES), tl.constexpr(DROPOUT)
 
 
 @triton.jit
-def draw(call: tl.tensor, stream: tl.tensor, counter: tl.tensor, seed: tl.tensor) -> tl.tensor:
-    """Of a tile's calls (rows, columns / LANES) four words each; an element is kept whose half is at least `limit`."""
+def keeps(
+    call: tl.tensor, stream: tl.tensor, counter: tl.tensor, seed: tl.tensor, limit: tl.tensor
+) -> tl.tensor:  # fmt: skip
+    """The mask (rows, columns) of a tile's calls (rows, columns / LANES); `limit` is the threshold in the upper half of
+    a word, as it is compared."""
     zero = call * 0
     r0, r1, r2, r3 = philox(seed, call, zero + stream, zero + counter, zero + _DROPOUT)
-    return (
-        r0.to(tl.uint32, bitcast=True),
-        r1.to(tl.uint32, bitcast=True),
-        r2.to(tl.uint32, bitcast=True),
-        r3.to(tl.uint32, bitcast=True),
-    )
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3)).to(tl.uint32, bitcast=True)  # (..., 2, 2), in order
+    return tl.reshape(tl.join(words << 16, words) >= limit, (call.shape[0], call.shape[1] * _LANES))
 
 
 @triton.jit
-def masked(x: tl.tensor, r0: tl.tensor, r1: tl.tensor, r2: tl.tensor, r3: tl.tensor, limit: tl.tensor) -> tl.tensor:
-    """A tile of x where it is kept, zero elsewhere. What is compared is the upper half of a word."""
-    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # (..., 2, 2), in order
-    keep = tl.reshape(tl.join(words << 16, words) >= limit, x.shape)
-    return tl.where(keep, x, 0.0).to(x.dtype)
-
-
-@triton.jit
-def _bit(word: tl.tensor, limit: tl.tensor, LANE: tl.constexpr) -> tl.tensor:
-    return tl.where(word << 16 >= limit, 1 << LANE, 0) | tl.where(word >= limit, 2 << LANE, 0)
-
-
-@triton.jit
-def _row_masks(r0: tl.tensor, r1: tl.tensor, r2: tl.tensor, r3: tl.tensor, limit: tl.tensor) -> tl.tensor:
-    """Of 32 columns, the mask of a row in one word: (rows, 1) int32."""
-    bits = _bit(r0, limit, 0) | _bit(r1, limit, 2) | _bit(r2, limit, 4) | _bit(r3, limit, 6)
-    return tl.sum(bits << (8 * tl.arange(0, 4)[None, :]), axis=1)[:, None]
-
-
-@triton.jit
-def _piece(PIECES: tl.tensor, n: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+def _piece(PIECES: tl.tensor, n: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
     """First row of A, rows, stream, and the threshold in the upper half of a word."""
     at = PIECES + 4 * n
     start, rank = tl.load(at), tl.load(at + 1)
@@ -94,25 +77,13 @@ def _load_a(
 
 
 @triton.jit
-def _down(
-    total: tl.tensor, x: tl.tensor, A: tl.tensor, start: tl.tensor, rank: tl.tensor, stream: tl.tensor,
-    limit: tl.tensor, call: tl.tensor, column: tl.tensor, counter: tl.tensor, seed: tl.tensor, columns: tl.tensor,
-    a_stride: tl.tensor, RANK: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Adds the product of a tile of x, masked for one piece, and the piece's A."""
-    a = _load_a(A, start, rank, column, columns, a_stride, RANK)
-    r0, r1, r2, r3 = draw(call, stream, counter, seed)
-    return tl.dot(masked(x, r0, r1, r2, r3, limit), tl.trans(a), total, input_precision="ieee")
-
-
-@triton.jit
-def _store_down(
-    total: tl.tensor, OUT: tl.tensor, start: tl.tensor, rank: tl.tensor, token: tl.tensor, tokens: tl.tensor,
-    out_stride: tl.tensor, RANK: tl.constexpr,
+def _store_thin(
+    total: tl.tensor, OUT: tl.tensor, stride: tl.tensor, first: tl.tensor, start: tl.tensor, rank: tl.tensor,
+    here: tl.tensor,
 ) -> None:  # fmt: skip
-    row = tl.arange(0, RANK)[None, :]
-    out = OUT + token.to(tl.int64) * out_stride + start + row
-    tl.store(out, total.to(OUT.dtype.element_ty), mask=(token < tokens) & (row < rank))
+    row, at = tl.arange(0, total.shape[0])[:, None], tl.arange(0, total.shape[1])[None, :]
+    OUT += first.to(tl.int64) * stride + start
+    tl.store(OUT + row * stride + at, total.to(OUT.dtype.element_ty), mask=here & (at < rank))
 
 
 @triton.jit
@@ -120,6 +91,7 @@ def lora_dropout_down_kernel(
     X: tl.tensor,  # (tokens, columns), last stride 1
     A: tl.tensor,  # (ranks, columns), last stride 1
     OUT: tl.tensor,  # (tokens, ranks), last stride 1
+    COPY: tl.tensor,  # (tokens, ranks), last stride 1, or None
     PIECES: tl.tensor,  # (pieces, 4) int32: first row of A, rows, stream, threshold
     SCALES: tl.tensor,  # (pieces,) float32
     SEED: tl.tensor,  # (1,) int64
@@ -129,73 +101,113 @@ def lora_dropout_down_kernel(
     x_stride: tl.tensor,
     a_stride: tl.tensor,
     out_stride: tl.tensor,
-    N_PIECES: tl.constexpr,
+    copy_stride: tl.tensor,
     RANK: tl.constexpr,
     ALIGNED: tl.constexpr,  # pieces begin at multiples of 8
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    piece, first = tl.program_id(0), tl.program_id(1) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    here = row < tokens - first
     seed, counter = tl.load(SEED), tl.load(COUNTER).to(tl.int32)
-    start0, rank0, stream0, limit0 = _piece(PIECES, 0, ALIGNED)
-    start1, rank1, stream1, limit1 = _piece(PIECES, 1 if N_PIECES > 1 else 0, ALIGNED)
-    start2, rank2, stream2, limit2 = _piece(PIECES, 2 if N_PIECES > 2 else 0, ALIGNED)
-    first_call = token * tl.cdiv(columns, _LANES) + tl.arange(0, COLUMNS // _LANES)[None, :]
-    t0 = tl.zeros((ROWS, RANK), tl.float32)
-    t1, t2 = t0, t0
+    start, rank, stream, limit = _piece(PIECES, piece, ALIGNED)
+    first_call = (first + row) * tl.cdiv(columns, _LANES) + tl.arange(0, COLUMNS // _LANES)[None, :]
+    X += first.to(tl.int64) * x_stride
+    total = tl.zeros((ROWS, RANK), tl.float32)
     for begin in tl.range(0, columns, COLUMNS, num_stages=STAGES):
         column = begin + tl.arange(0, COLUMNS)[None, :]
-        mask = (token < tokens) & (column < columns)
-        x = tl.load(X + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0)
-        call = first_call + begin // _LANES
-        t0 = _down(t0, x, A, start0, rank0, stream0, limit0, call, column, counter, seed, columns, a_stride, RANK)
-        if N_PIECES > 1:
-            t1 = _down(t1, x, A, start1, rank1, stream1, limit1, call, column, counter, seed, columns, a_stride, RANK)
-        if N_PIECES > 2:
-            t2 = _down(t2, x, A, start2, rank2, stream2, limit2, call, column, counter, seed, columns, a_stride, RANK)
-    _store_down(t0 * tl.load(SCALES), OUT, start0, rank0, token, tokens, out_stride, RANK)
-    if N_PIECES > 1:
-        _store_down(t1 * tl.load(SCALES + 1), OUT, start1, rank1, token, tokens, out_stride, RANK)
-    if N_PIECES > 2:
-        _store_down(t2 * tl.load(SCALES + 2), OUT, start2, rank2, token, tokens, out_stride, RANK)
+        x = tl.load(X + row * x_stride + column, mask=here & (column < columns), other=0.0)
+        a = _load_a(A, start, rank, column, columns, a_stride, RANK)
+        keep = keeps(first_call + begin // _LANES, stream, counter, seed, limit)
+        total = tl.dot(tl.where(keep, x, 0.0).to(x.dtype), tl.trans(a), total, input_precision="ieee")
+    total *= tl.load(SCALES + piece)
+    _store_thin(total, OUT, out_stride, first, start, rank, here)
+    if COPY is not None:
+        _store_thin(total, COPY, copy_stride, first, start, rank, here)
+
+
+# Tensor cores leave a thread two columns of each eight, of a row and of the eighth behind it. u's rows and A's columns
+# are read in another order, so that a thread gets eight columns in a row: those that it has loaded of x and dx, and
+# whose masks it draws. Of 16 WARPS rows: (warp, half, 8) in the sum, (half, warp, 8) in the tile; of 32 columns
+# (four, thread, two) and (thread, four, two). Hardware that does it otherwise is right too, and slower.
+
+
+@triton.jit
+def _row_in_tile(row: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
+    """Where a row of the sum is in the tile."""
+    return row // (16 * WARPS) * (16 * WARPS) + row // 8 % 2 * (8 * WARPS) + row // 16 % WARPS * 8 + row % 8
+
+
+@triton.jit
+def _column_in_tile(column: tl.tensor) -> tl.tensor:
+    return column // 32 * 32 + column // 2 % 4 * 8 + column // 8 % 4 * 2 + column % 2
+
+
+@triton.jit
+def _rows_as_summed(tile: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
+    groups: tl.constexpr = tile.shape[0] // (16 * WARPS)
+    apart = tl.reshape(tile, (groups, 2, WARPS, 8, tile.shape[1]))
+    return tl.reshape(tl.permute(apart, (0, 2, 1, 3, 4)), tile.shape)
+
+
+@triton.jit
+def _as_in_tile(total: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
+    groups: tl.constexpr = total.shape[0] // (16 * WARPS)
+    apart = tl.reshape(total, (groups, WARPS, 2, 8, total.shape[1] // 32, 4, 4, 2))
+    return tl.reshape(tl.permute(apart, (0, 2, 1, 3, 4, 6, 5, 7)), total.shape)
 
 
 @triton.jit
 def _up(
-    d_a: tl.tensor, dx: tl.tensor, x: tl.tensor, a: tl.tensor, U: tl.tensor, start: tl.tensor, rank: tl.tensor,
-    stream: tl.tensor, limit: tl.tensor, call: tl.tensor, token: tl.tensor, tokens: tl.tensor, counter: tl.tensor,
-    seed: tl.tensor, u_stride: tl.tensor, RANK: tl.constexpr,
+    d_a: tl.tensor, dx: tl.tensor, x: tl.tensor, a: tl.tensor, u_at: tl.tensor, here: tl.tensor, piece: tl.tensor,
+    call: tl.tensor, counter: tl.tensor, seed: tl.tensor, RANK: tl.constexpr, WARPS: tl.constexpr, FIRST: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Adds one piece's shares: of its A's gradient and of dx, both times the probability of keeping."""
-    row = tl.arange(0, RANK)[None, :]
-    u = tl.load(U + token.to(tl.int64) * u_stride + start + row, mask=(token < tokens) & (row < rank), other=0.0)
-    r0, r1, r2, r3 = draw(call, stream, counter, seed)
-    d_a = tl.dot(tl.trans(u), masked(x, r0, r1, r2, r3, limit), d_a, input_precision="ieee")
-    # tensor cores leave this product to other threads than those that drew the mask: a word a row tells them
-    product, word = tl.dot(u, a, input_precision="ieee"), _row_masks(r0, r1, r2, r3, limit)
-    keep = (word >> tl.arange(0, x.shape[1])[None, :] & 1) != 0
-    return d_a, dx + tl.where(keep, product, 0.0)
+    """Adds one piece's shares: of its A's gradient (columns, ranks), or across, where there is an x, and of dx where
+    there is an a, both times the probability of keeping."""
+    start, rank, stream, limit = piece
+    at = tl.arange(0, RANK)[None, :]
+    u = tl.load(u_at + (start + at), mask=here & (at < rank), other=0.0)
+    keep = keeps(call, stream, counter, seed, limit)
+    if a is not None:
+        product = tl.dot(u, a, input_precision="ieee")
+        if WARPS:
+            product = _as_in_tile(product, WARPS)
+        product = tl.where(keep, product, 0.0)
+        dx = product if FIRST else dx + product
+    if x is not None:
+        masked = tl.where(keep, x, 0.0).to(x.dtype)
+        if a is not None and WARPS:
+            masked = _rows_as_summed(masked, WARPS)
+        if x.shape[1] >= 64:  # a warp group's tensor cores make 64 rows of a sum
+            d_a = tl.dot(tl.trans(masked), u, d_a, input_precision="ieee")
+        else:
+            d_a = tl.dot(tl.trans(u), masked, d_a, input_precision="ieee")
+    return d_a, dx
 
 
 @triton.jit
 def _store_partial(
-    d_a: tl.tensor, PARTIAL: tl.tensor, start: tl.tensor, rank: tl.tensor, column: tl.tensor, columns: tl.tensor,
-    RANK: tl.constexpr,
+    d_a: tl.tensor, PARTIAL: tl.tensor, piece: tl.tensor, column: tl.tensor, columns: tl.tensor, RANK: tl.constexpr
 ) -> None:  # fmt: skip
+    start, rank, _, _ = piece
     row = tl.arange(0, RANK)[:, None]
+    if column.shape[1] >= 64:
+        d_a = tl.trans(d_a)
     place = ((start + row).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * columns + column
     tl.store(PARTIAL + place, d_a, mask=(row < rank) & (column < columns))
 
 
 @triton.jit
 def lora_dropout_up_kernel(
-    DX: tl.tensor,  # (tokens, columns), last stride 1, of any dtype: read, and written where there is no ACTIVATION
+    DX: tl.tensor,  # (tokens, columns), last stride 1, of any dtype: read, and written where there is no ACTIVATION; or
+    # None, for A's gradients alone: a program then has one piece
     X: tl.tensor,  # (tokens, columns), last stride 1; with an ACTIVATION (tokens, 2 columns): gate, then up
     D_X: tl.tensor,  # with an ACTIVATION: of the shape of X, may be X, the gradient of gate and up; else None
     U: tl.tensor,  # (tokens, ranks), last stride 1
     A: tl.tensor,  # (ranks, columns), last stride 1
-    PARTIAL: tl.tensor,  # (ranks, parts, columns) float32: of A's gradient
+    PARTIAL: tl.tensor,  # (ranks, parts, columns) float32: of A's gradient; or None, for dx alone
     PIECES: tl.tensor,  # (pieces, 4) int32: first row of A, rows, stream, threshold
     SEED: tl.tensor,  # (1,) int64
     COUNTER: tl.tensor,  # (1,) int64
@@ -208,65 +220,76 @@ def lora_dropout_up_kernel(
     u_stride: tl.tensor,
     a_stride: tl.tensor,
     ACTIVATION: tl.constexpr,  # None: X is x
-    N_PIECES: tl.constexpr,
+    N_PIECES: tl.constexpr,  # of a program
     RANK: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,  # 32
+    COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    WARPS: tl.constexpr,  # 0: sums are taken as they come
 ) -> None:
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    first_column = tl.program_id(0) * COLUMNS
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
     seed, counter = tl.load(SEED), tl.load(COUNTER).to(tl.int32)
-    first_call = tl.program_id(0) * (COLUMNS // _LANES) + tl.arange(0, COLUMNS // _LANES)[None, :]
     calls = tl.cdiv(columns, _LANES)
-    start0, rank0, stream0, limit0 = _piece(PIECES, 0, ALIGNED)
-    start1, rank1, stream1, limit1 = _piece(PIECES, 1 if N_PIECES > 1 else 0, ALIGNED)
-    start2, rank2, stream2, limit2 = _piece(PIECES, 2 if N_PIECES > 2 else 0, ALIGNED)
-    a0 = _load_a(A, start0, rank0, column, columns, a_stride, RANK)
-    a1, a2 = a0, a0
-    if N_PIECES > 1:
-        a1 = _load_a(A, start1, rank1, column, columns, a_stride, RANK)
-    if N_PIECES > 2:
-        a2 = _load_a(A, start2, rank2, column, columns, a_stride, RANK)
-    d0 = tl.zeros((RANK, COLUMNS), tl.float32)
+    first_call = row * calls + tl.program_id(0) * (COLUMNS // _LANES) + tl.arange(0, COLUMNS // _LANES)[None, :]
+    piece0 = _piece(PIECES, tl.program_id(2), ALIGNED)
+    piece1 = _piece(PIECES, 1 if N_PIECES > 1 else 0, ALIGNED)
+    piece2 = _piece(PIECES, 2 if N_PIECES > 2 else 0, ALIGNED)
+    turn = row
+    a0, a1, a2 = None, None, None
+    if DX is not None:
+        summed = column
+        if WARPS:
+            summed = first_column + _column_in_tile(tl.arange(0, COLUMNS)[None, :])
+            turn = _row_in_tile(row, WARPS)
+        a0 = _load_a(A, piece0[0], piece0[1], summed, columns, a_stride, RANK)
+        if N_PIECES > 1:
+            a1 = _load_a(A, piece1[0], piece1[1], summed, columns, a_stride, RANK)
+        if N_PIECES > 2:
+            a2 = _load_a(A, piece2[0], piece2[1], summed, columns, a_stride, RANK)
+    if COLUMNS >= 64:
+        d0 = tl.zeros((COLUMNS, RANK), tl.float32)
+    else:
+        d0 = tl.zeros((RANK, COLUMNS), tl.float32)
     d1, d2 = d0, d0
     for begin in tl.range(tl.program_id(1) * ROWS, tokens, tl.num_programs(1) * ROWS, num_stages=STAGES):
-        token = begin + tl.arange(0, ROWS)[:, None]
-        mask = (token < tokens) & (column < columns)
-        x_at = X + token.to(tl.int64) * x_stride + column
-        x = tl.load(x_at, mask=mask, other=0.0)
-        if ACTIVATION is not None:
-            up = tl.load(x_at + columns, mask=mask, other=0.0).to(tl.float32)
-            value, slope = activate(x.to(tl.float32), ACTIVATION)
-            x = (value * up).to(x.dtype)
-        out = DX + token.to(tl.int64) * dx_stride + column
-        given = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-        call = token * calls + first_call
-        dx = tl.zeros((ROWS, COLUMNS), tl.float32)
-        d0, dx = _up(
-            d0, dx, x, a0, U, start0, rank0, stream0, limit0, call, token, tokens, counter, seed, u_stride, RANK
-        )  # fmt: skip
+        first = tl.full((), 0, tl.int64) + begin
+        mask = (row < tokens - begin) & (column < columns)
+        x = None
+        if PARTIAL is not None:
+            x_at = (X + first * x_stride) + (row * x_stride + column)
+            x = tl.load(x_at, mask=mask, other=0.0)
+            if ACTIVATION is not None:
+                up = tl.load(x_at + columns, mask=mask, other=0.0).to(tl.float32)
+                value, slope = activate(x.to(tl.float32), ACTIVATION)
+                x = (value * up).to(x.dtype)
+        if DX is not None:
+            out = (DX + first * dx_stride) + (row * dx_stride + column)
+            given = tl.load(out, mask=mask, other=0.0).to(tl.float32)
+        call, here = first_call + begin * calls, turn < tokens - begin
+        u_at = (U + first * u_stride) + turn * u_stride
+        d0, dx = _up(d0, 0.0, x, a0, u_at, here, piece0, call, counter, seed, RANK, WARPS, True)
         if N_PIECES > 1:
-            d1, dx = _up(
-                d1, dx, x, a1, U, start1, rank1, stream1, limit1, call, token, tokens, counter, seed, u_stride, RANK
-            )  # fmt: skip
+            d1, dx = _up(d1, dx, x, a1, u_at, here, piece1, call, counter, seed, RANK, WARPS, False)
         if N_PIECES > 2:
-            d2, dx = _up(
-                d2, dx, x, a2, U, start2, rank2, stream2, limit2, call, token, tokens, counter, seed, u_stride, RANK
-            )  # fmt: skip
-        dx = (given + dx * factor).to(DX.dtype.element_ty)
-        if ACTIVATION is None:
-            tl.store(out, dx, mask=mask)
-        else:
-            d = dx.to(tl.float32)
-            gate_at = D_X + token.to(tl.int64) * d_x_stride + column
-            tl.store(gate_at, (d * up * slope).to(D_X.dtype.element_ty), mask=mask)
-            tl.store(gate_at + columns, (d * value).to(D_X.dtype.element_ty), mask=mask)
-    _store_partial(d0 * factor, PARTIAL, start0, rank0, column, columns, RANK)
-    if N_PIECES > 1:
-        _store_partial(d1 * factor, PARTIAL, start1, rank1, column, columns, RANK)
-    if N_PIECES > 2:
-        _store_partial(d2 * factor, PARTIAL, start2, rank2, column, columns, RANK)
+            d2, dx = _up(d2, dx, x, a2, u_at, here, piece2, call, counter, seed, RANK, WARPS, False)
+        if DX is not None:
+            dx = (given + dx * factor).to(DX.dtype.element_ty)
+            if ACTIVATION is None:
+                tl.store(out, dx, mask=mask)
+            else:
+                d = dx.to(tl.float32)
+                gate_at = (D_X + first * d_x_stride) + (row * d_x_stride + column)
+                tl.store(gate_at, (d * up * slope).to(D_X.dtype.element_ty), mask=mask)
+                tl.store(gate_at + columns, (d * value).to(D_X.dtype.element_ty), mask=mask)
+    if PARTIAL is not None:
+        _store_partial(d0 * factor, PARTIAL, piece0, column, columns, RANK)
+        if N_PIECES > 1:
+            _store_partial(d1 * factor, PARTIAL, piece1, column, columns, RANK)
+        if N_PIECES > 2:
+            _store_partial(d2 * factor, PARTIAL, piece2, column, columns, RANK)
 
 
 class FusedLoRADropout(LoRADropout):
@@ -279,27 +302,33 @@ class FusedLoRADropout(LoRADropout):
         self._seed = torch.tensor([(seed + 2**63) % 2**64 - 2**63], device=device)  # as a signed number
         self._launches = [_Launch(pieces, p, self.factor, device) for pieces in in_launches(parts)]
 
-    def down(self, x: Tensor, a: Tensor, counter: Tensor, *, out: Tensor) -> Tensor:
+    def down(self, x: Tensor, a: Tensor, counter: Tensor, *, out: Tensor, copy: Tensor | None = None) -> Tensor:
         tokens, columns = x.shape
-        _check(x, x, a, counter)
-        assert out.shape == (tokens, a.shape[0])
-        assert out.stride(1) == 1
-        rows = FLOAT32_ROWS if x.dtype == torch.float32 else down_rows(tokens, x.device)
+        _check(x, a.shape[1], a, counter)
+        for thin in (out,) if copy is None else (out, copy):
+            assert thin.shape == (tokens, a.shape[0])
+            assert thin.stride(1) == 1
         for launch in self._launches if tokens else ():
-            lora_dropout_down_kernel[(triton.cdiv(tokens, rows),)](
-                x, a, out, launch.pieces, launch.scales, self._seed, counter,
-                tokens, columns, x.stride(0), a.stride(0), out.stride(0),
-                N_PIECES=launch.count, RANK=launch.rank, ALIGNED=launch.aligned,
-                ROWS=rows, COLUMNS=DOWN_COLUMNS, STAGES=STAGES, num_warps=launch.warps,
+            rows = FLOAT32_ROWS if x.dtype == torch.float32 else down_rows(tokens, launch.count, x.device)
+            lora_dropout_down_kernel[(launch.count, triton.cdiv(tokens, rows))](
+                x, a, out, copy, launch.pieces, launch.scales, self._seed, counter,
+                tokens, columns, x.stride(0), a.stride(0), out.stride(0), 0 if copy is None else copy.stride(0),
+                RANK=launch.rank, ALIGNED=launch.aligned, ROWS=rows, COLUMNS=COLUMNS, STAGES=STAGES, num_warps=WARPS,
             )  # fmt: skip
         return out
 
     def up_(self, dx: Tensor, x: Tensor, u: Tensor, a: Tensor, counter: Tensor) -> Tensor:
         assert dx.shape == x.shape
-        partials = self._partials(x, a, PROGRAMS)
+        apart = len(self.parts) > 1
         total = dx.float() if len(self._launches) > 1 else dx  # is rounded once, however many add to it
+        programs = A_PROGRAMS // len(self.parts) if apart else PROGRAMS
+        partials = self._partials(x, a, COLUMNS if apart else DX_COLUMNS, programs)
         for launch in self._launches:
-            self._up(launch, total, x, None, u, a, partials, counter, None)
+            if apart:
+                self._up(launch, total, None, None, u, a, None, counter, None)
+                self._up(launch, None, x, None, u, a, partials, counter, None)
+            else:
+                self._up(launch, total, x, None, u, a, partials, counter, None)
         if total is not dx:
             dx.copy_(total)
         return partials
@@ -319,38 +348,46 @@ class FusedLoRADropout(LoRADropout):
             return super().up_glu(d, gate_up, activation, u, a, counter, d_gate_up=d_gate_up)
         assert d_gate_up.shape == gate_up.shape == (len(d), 2 * d.shape[1])
         assert d_gate_up.dtype == gate_up.dtype and d_gate_up.stride(1) == 1
-        partials = self._partials(d, a, GLU_PROGRAMS)
+        partials = self._partials(d, a, DX_COLUMNS, GLU_PROGRAMS)
         self._up(self._launches[0], d, gate_up, d_gate_up, u, a, partials, counter, activation)
         return partials
 
-    def _partials(self, x: Tensor, a: Tensor, programs: int) -> Tensor:
+    def _partials(self, x: Tensor, a: Tensor, strip: int, programs: int) -> Tensor:
         tokens, columns = x.shape
-        parts = up_parts(tokens, columns, x.device, programs)
+        parts = up_parts(tokens, triton.cdiv(columns, strip), x.device, programs)
         return torch.empty(a.shape[0], parts, columns, dtype=torch.float32, device=x.device)
 
     def _up(
         self,
         launch: _Launch,
-        dx: Tensor,
-        x: Tensor,
+        dx: Tensor | None,
+        x: Tensor | None,
         d_x: Tensor | None,
         u: Tensor,
         a: Tensor,
-        partials: Tensor,
+        partials: Tensor | None,
         counter: Tensor,
         activation: str | None,
     ) -> None:
-        tokens, columns = dx.shape
-        _check(dx, x, a, counter)
-        assert u.shape == (tokens, a.shape[0])
-        assert u.dtype == x.dtype
-        assert dx.stride(1) == u.stride(1) == 1
-        rows = FLOAT32_ROWS if x.dtype == torch.float32 else UP_ROWS
-        lora_dropout_up_kernel[(triton.cdiv(columns, UP_COLUMNS), partials.shape[1])](
+        """Both halves, or without `x` and `partials` dx alone, or without `dx` the gradients of A alone."""
+        tokens, columns = len(u), a.shape[1]
+        _check(u, a.shape[0], a, counter)
+        if x is not None:
+            _check(x, columns * (1 if activation is None else 2), a, counter)
+            assert len(x) == tokens
+        assert dx is None or (dx.shape == (tokens, columns) and dx.stride(1) == 1)
+        half = u.dtype != torch.float32
+        width = COLUMNS if dx is None else DX_COLUMNS
+        strips = triton.cdiv(columns, width)
+        parts = up_parts(tokens, strips, u.device, DX_PROGRAMS) if partials is None else partials.shape[1]
+        pieces, together = (launch.count, 1) if dx is None else (1, launch.count)
+        strides = [0 if tensor is None else tensor.stride(0) for tensor in (dx, x, d_x)]
+        lora_dropout_up_kernel[(strips, parts, pieces)](
             dx, x, d_x, u, a, partials, launch.pieces, self._seed, counter, self.factor,
-            tokens, columns, dx.stride(0), x.stride(0), 0 if d_x is None else d_x.stride(0), u.stride(0), a.stride(0),
-            ACTIVATION=activation, N_PIECES=launch.count, RANK=launch.rank, ALIGNED=launch.aligned,
-            ROWS=rows, COLUMNS=UP_COLUMNS, STAGES=STAGES, num_warps=GLU_WARPS if activation else launch.warps,
+            tokens, columns, *strides, u.stride(0), a.stride(0),
+            ACTIVATION=activation, N_PIECES=together, RANK=launch.rank, ALIGNED=launch.aligned,
+            ROWS=ROWS if half else FLOAT32_ROWS, COLUMNS=width, STAGES=STAGES, WARPS=WARPS if half else 0,
+            num_warps=WARPS,
         )  # fmt: skip
 
 
@@ -363,7 +400,6 @@ class _Launch:
         self.scales = torch.tensor([part.scale * factor for part in pieces], dtype=torch.float32, device=device)
         self.count, self.rank = len(pieces), padded(max(part.rank for part in pieces))
         self.aligned = all(part.start % 8 == part.rank % 8 == 0 for part in pieces)
-        self.warps = warps(self.rank)
 
 
 def in_launches(parts: Sequence[Part]) -> list[list[Part]]:
@@ -390,28 +426,23 @@ def padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def warps(rank: int) -> int:
-    return 4 if rank <= 32 else 8
-
-
-def down_rows(tokens: int, device: torch.device) -> int:
+def down_rows(tokens: int, pieces: int, device: torch.device) -> int:
     """Tokens of a program: many, unless multiprocessors would go without."""
-    return next((rows for rows in (64, 32) if triton.cdiv(tokens, rows) >= device_limits(device)[0]), 16)
+    enough = device_limits(device)[0]
+    return next((rows for rows in (64, 32) if pieces * triton.cdiv(tokens, rows) >= enough), 16)
 
 
-def up_parts(tokens: int, columns: int, device: torch.device, programs: int) -> int:
+def up_parts(tokens: int, strips: int, device: torch.device, programs: int) -> int:
     """Programs that share a strip of columns, each of which leaves a part of the gradients; `programs` of a
     multiprocessor."""
-    most = programs * device_limits(device)[0] // triton.cdiv(columns, UP_COLUMNS)
-    return balanced(triton.cdiv(tokens, UP_ROWS), max(1, most))
+    return balanced(triton.cdiv(tokens, ROWS), max(1, programs * device_limits(device)[0] // strips))
 
 
-def _check(like: Tensor, x: Tensor, a: Tensor, counter: Tensor) -> None:
-    """`like`: of the shape of what is masked."""
-    tokens, columns = like.shape
-    assert len(x) == tokens
-    assert a.shape[1] == columns
-    assert x.dtype == a.dtype
-    assert x.stride(1) == a.stride(1) == 1
+def _check(like: Tensor, width: int, a: Tensor, counter: Tensor) -> None:
+    """`like`: (tokens, width), of the dtype of `a`."""
+    assert like.shape[1] == width
+    assert like.dtype == a.dtype
+    assert like.stride(1) == a.stride(1) == 1
     assert counter.dtype == torch.int64 and counter.numel() == 1
-    assert tokens * triton.cdiv(columns, LANES) < MOST_CALLS, f"no mask of {tokens} x {columns}"
+    calls = triton.cdiv(a.shape[1], LANES)
+    assert len(like) * calls < MOST_CALLS, f"no mask of {len(like)} x {a.shape[1]}"

@@ -1,5 +1,5 @@
-"""Dropout of adapters' inputs compiles for every GPU we promise, within its shared memory; loads are wide, and the mask
-is drawn where x lies: no word of it goes through shared memory."""
+"""Dropout of adapters' inputs compiles for every GPU we promise, within its shared memory; loads are wide, and masks
+are drawn where x and products lie: no word of them goes through shared memory."""
 
 from __future__ import annotations
 
@@ -17,59 +17,83 @@ def signature(kind: str, *strides: str) -> dict[str, str]:
     return TABLES | {"X": kind, "A": kind} | dict.fromkeys((*STRIDES, *strides), "i32:16")
 
 
-def constexprs(pieces: int, rank: int, rows: int, columns: int) -> dict[str, object]:
-    return {
-        "N_PIECES": pieces, "RANK": rank, "ALIGNED": True, "ROWS": rows, "COLUMNS": columns, "STAGES": fused.STAGES,
-    }  # fmt: skip
+def constexprs(rank: int, rows: int, columns: int) -> dict[str, object]:
+    return {"RANK": rank, "ALIGNED": True, "ROWS": rows, "COLUMNS": columns, "STAGES": fused.STAGES}
+
+
+def loop_of(assembly: str) -> str:
+    return assembly[assembly.index("Inner Loop Header") : assembly.rindex("bra")]
 
 
 @pytest.mark.parametrize(
-    ("pieces", "rank", "rows", "kind"),
-    [(3, 32, 64, "*bf16"), (3, 64, 64, "*bf16"), (1, 32, fused.FLOAT32_ROWS, "*fp32")],
+    ("rank", "rows", "kind"), [(32, fused.ROWS, "*bf16"), (128, fused.ROWS, "*bf16"), (32, fused.FLOAT32_ROWS, "*fp32")]
 )
-def test_down(pieces: int, rank: int, rows: int, kind: str) -> None:
+def test_down(rank: int, rows: int, kind: str) -> None:
     compiled = compile_all(
         fused.lora_dropout_down_kernel,
-        signature(kind, "out_stride") | {"OUT": kind, "SCALES": "*fp32"},
-        constexprs(pieces, rank, rows, fused.DOWN_COLUMNS),
-        num_warps=fused.warps(rank),
-        targets=TARGETS if pieces == 3 and rank == 32 else EXTREMES,
+        signature(kind, "out_stride", "copy_stride") | {"OUT": kind, "COPY": kind, "SCALES": "*fp32"},
+        constexprs(rank, rows, fused.COLUMNS),
+        num_warps=fused.WARPS,
+        targets=TARGETS if rank == 32 and kind == "*bf16" else EXTREMES,
     )
-    if pieces == 3 and rank == 32:
+    if rank == 32 and kind == "*bf16":
         assert compiled["sm_90"].stack == 0
         assert "wgmma" in compiled["sm_90"].assembly
-        loop = compiled["sm_90"].assembly
-        loop = loop[loop.index("Inner Loop Header") : loop.rindex("bra")]
+        loop = loop_of(compiled["sm_90"].assembly)
         assert "cp.async.cg" in loop
-        # what goes through shared memory is x, masked: 16 bytes at a time, four for each piece
-        assert loop.count("st.shared") == pieces * rows * fused.DOWN_COLUMNS // (8 * 128)
+        # what goes through shared memory is x, masked: 16 bytes at a time
+        assert loop.count("st.shared") == rows * fused.COLUMNS // (8 * 128)
+
+
+BOTH, DX, A = "both halves", "dx alone", "A's gradients alone"
 
 
 @pytest.mark.parametrize(
-    ("pieces", "rank", "rows", "kind", "dx", "activation"),
+    ("half", "pieces", "rank", "kind", "dx", "activation"),
     [
-        (1, 32, fused.UP_ROWS, "*bf16", "*bf16", None),
-        (3, 64, fused.UP_ROWS, "*bf16", "*bf16", None),
-        (3, 64, fused.UP_ROWS, "*bf16", "*fp32", None),  # of several launches
-        (1, 128, fused.UP_ROWS, "*bf16", "*fp32", None),
-        (3, 16, fused.FLOAT32_ROWS, "*fp32", "*fp32", None),
-        (1, 32, fused.UP_ROWS, "*bf16", "*bf16", "silu"),
-        (1, 128, fused.UP_ROWS, "*bf16", "*bf16", "gelu"),
-        (3, 64, fused.UP_ROWS, "*fp16", "*fp16", "gelu_tanh"),
-        (1, 32, fused.FLOAT32_ROWS, "*fp32", "*fp32", "gelu"),
+        (BOTH, 1, 32, "*bf16", "*bf16", None),
+        (BOTH, 1, 128, "*bf16", "*fp32", None),  # of several launches
+        (BOTH, 1, 32, "*fp32", "*fp32", None),
+        (BOTH, 1, 32, "*bf16", "*bf16", "silu"),
+        (BOTH, 1, 128, "*bf16", "*bf16", "gelu"),
+        (BOTH, 3, 64, "*fp16", "*fp16", "gelu_tanh"),
+        (BOTH, 1, 32, "*fp32", "*fp32", "gelu"),
+        (DX, 3, 32, "*bf16", "*bf16", None),
+        (DX, 3, 64, "*bf16", "*fp32", None),
+        (DX, 3, 16, "*fp32", "*fp32", None),
+        (A, 1, 32, "*bf16", "*bf16", None),
+        (A, 1, 128, "*bf16", "*bf16", None),
+        (A, 1, 16, "*fp32", "*fp32", None),
     ],
 )
-def test_up(pieces: int, rank: int, rows: int, kind: str, dx: str, activation: str | None) -> None:
-    through = {"ACTIVATION": activation} | ({} if activation else {"D_X": None, "d_x_stride": 0})
+def test_up(half: str, pieces: int, rank: int, kind: str, dx: str, activation: str | None) -> None:
+    tensors: dict[str, tuple[str, str | None]] = {  # and their strides
+        "DX": (dx, "dx_stride"), "X": (kind, "x_stride"), "D_X": (kind, "d_x_stride"), "PARTIAL": ("*fp32", None),
+    }  # fmt: skip
+    without = {BOTH: set(), DX: {"X", "PARTIAL"}, A: {"DX"}}[half] | ({"D_X"} if activation is None else set())
+    given = {name: kind for name, (kind, _) in tensors.items() if name not in without}
+    strides = {stride: "i32:16" for name, (_, stride) in tensors.items() if stride and name not in without}
+    missing: dict[str, object] = dict.fromkeys(without)
+    missing |= {stride: 0 for name, (_, stride) in tensors.items() if stride and name in without}
+    wide = kind != "*fp32"
+    sizes = (
+        TABLES | {"U": kind, "A": kind, "factor": "fp32"} | dict.fromkeys(("columns", "a_stride", "u_stride"), "i32:16")
+    )
     compiled = compile_all(
         fused.lora_dropout_up_kernel,
-        signature(kind, "dx_stride", "u_stride")
-        | {"DX": dx, "U": kind, "PARTIAL": "*fp32", "factor": "fp32"}
-        | ({"D_X": kind, "d_x_stride": "i32:16"} if activation else {}),
-        constexprs(pieces, rank, rows, fused.UP_COLUMNS) | through,
-        num_warps=fused.GLU_WARPS if activation else fused.warps(rank),
-        targets=TARGETS if pieces == 1 and rank == 32 else EXTREMES,
+        sizes | given | strides,
+        constexprs(rank, fused.ROWS if wide else fused.FLOAT32_ROWS, fused.COLUMNS if half == A else fused.DX_COLUMNS)
+        | {"ACTIVATION": activation, "N_PIECES": pieces, "WARPS": fused.WARPS if wide else 0}
+        | missing,
+        num_warps=fused.WARPS,
+        targets=TARGETS if rank == 32 and kind == "*bf16" else EXTREMES,
     )
-    if pieces == 1 and kind == "*bf16" and rank == 32:
-        assert compiled["sm_90"].stack == 0
-        assert "ld.global.b16" not in compiled["sm_90"].assembly
+    if rank == 32 and kind == "*bf16":
+        hopper = compiled["sm_90"]
+        assert hopper.stack == 0
+        assert "wgmma" in hopper.assembly
+        assert "ld.global.b16" not in hopper.assembly
+        # masks are drawn where they are used: what goes through shared memory is x, masked, 16 bytes at a time
+        width = fused.COLUMNS if half == A else fused.DX_COLUMNS
+        assert loop_of(hopper.assembly).count("st.shared") == (0 if half == DX else fused.ROWS * width // (8 * 128))
+        assert "shfl" not in hopper.assembly
