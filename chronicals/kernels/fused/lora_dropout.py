@@ -40,7 +40,7 @@ DX_COLUMNS = 32  # where dx is made: more of them spill
 FLOAT32_ROWS = 16  # whose products are exact, and therefore not tensor cores': right, and slow
 WARPS = 4
 # programs of a multiprocessor, each with several tiles: both halves of backward, dx alone, the gradients of A alone
-PROGRAMS, DX_PROGRAMS, A_PROGRAMS, GLU_PROGRAMS = 4, 8, 10, 16
+PROGRAMS, DX_PROGRAMS, A_PROGRAMS, GLU_PROGRAMS = 3, 8, 5, 16
 
 _LANES, _DROPOUT = tl.constexpr(LANES), tl.constexpr(DROPOUT)
 
@@ -321,8 +321,8 @@ class FusedLoRADropout(LoRADropout):
         assert dx.shape == x.shape
         apart = len(self.parts) > 1
         total = dx.float() if len(self._launches) > 1 else dx  # is rounded once, however many add to it
-        programs = A_PROGRAMS // len(self.parts) if apart else PROGRAMS
-        partials = self._partials(x, a, COLUMNS if apart else DX_COLUMNS, programs)
+        width, programs = (COLUMNS, A_PROGRAMS) if apart else (DX_COLUMNS, PROGRAMS)
+        partials = self._partials(x, a, width, programs, max(launch.count for launch in self._launches) if apart else 1)
         for launch in self._launches:
             if apart:
                 self._up(launch, total, None, None, u, a, None, counter, None)
@@ -348,13 +348,13 @@ class FusedLoRADropout(LoRADropout):
             return super().up_glu(d, gate_up, activation, u, a, counter, d_gate_up=d_gate_up)
         assert d_gate_up.shape == gate_up.shape == (len(d), 2 * d.shape[1])
         assert d_gate_up.dtype == gate_up.dtype and d_gate_up.stride(1) == 1
-        partials = self._partials(d, a, DX_COLUMNS, GLU_PROGRAMS)
+        partials = self._partials(d, a, DX_COLUMNS, GLU_PROGRAMS, 1)
         self._up(self._launches[0], d, gate_up, d_gate_up, u, a, partials, counter, activation)
         return partials
 
-    def _partials(self, x: Tensor, a: Tensor, strip: int, programs: int) -> Tensor:
+    def _partials(self, x: Tensor, a: Tensor, width: int, programs: int, pieces: int) -> Tensor:
         tokens, columns = x.shape
-        parts = up_parts(tokens, triton.cdiv(columns, strip), x.device, programs)
+        parts = up_parts(tokens, triton.cdiv(columns, width) * pieces, x.device, programs)
         return torch.empty(a.shape[0], parts, columns, dtype=torch.float32, device=x.device)
 
     def _up(
