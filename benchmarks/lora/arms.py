@@ -89,7 +89,6 @@ class Ours:
 
     def __init__(self, model: Model, rank: int) -> None:
         work, device = model.gate(rank), torch.device(model.device)
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # as our runs have it
         config = ModelConfig.from_hf(work.shape.config())
         ops, _ = resolve_ops(device, model.dtype, head_dim=config.head_dim, deterministic=False)
         self.model = Decoder(config, ops, device=device, dtype=model.dtype)

@@ -177,6 +177,8 @@ def run_child(options: argparse.Namespace) -> int:
     gc.freeze()  # each recording collects garbage: not among what was imported
     if not sys.stdin.readline():
         return 1  # the parent has ended
+    if side != PEER:
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # as our runs have it
     device = torch.device("cpu" if side == PEER else model.device)  # the peer's stream is the default one
     found: dict[str, Any] = {}
     with own_stream(device):
