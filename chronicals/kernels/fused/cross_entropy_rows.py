@@ -37,7 +37,6 @@ class RowConfig(NamedTuple):
     lanes: int
     vec: int  # neighbouring columns of a lane: 16 bytes of bf16
     threads: int
-    stages: int = 1  # of the sweeps' loads, through shared memory; 1: straight to registers
 
 
 # blocks of columns; whole vocabularies, whose rows get a multiprocessor of their own
@@ -82,7 +81,7 @@ def _scaled(x: tl.tensor, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr) -> t
 
 @triton.jit
 def _add(peak: tl.tensor, total: tl.tensor, z: tl.tensor) -> tl.tensor:
-    """One online softmax step: z (LANES, VEC, STAGES) joins each lane's maximum and sum of exp2(z - maximum)."""
+    """One online softmax step: z (LANES, VEC) joins each lane's maximum and sum of exp2(z - maximum)."""
     highest = tl.maximum(peak, tl.max(z, axis=1))
     total = total * tl.exp2(peak - highest) + tl.sum(tl.exp2(z - highest[:, None]), axis=1)
     return highest, total
@@ -97,7 +96,6 @@ def _online_softmax(
     SMOOTHING: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    STAGES: tl.constexpr,
 ) -> tl.tensor:
     """The maximum, the sum of exp2(z - maximum) and, where smoothing asks for it, the sum of z of one row."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -107,7 +105,7 @@ def _online_softmax(
     sums = tl.zeros((LANES,), tl.float32)
     # whole blocks unmasked: a mask that ends at an odd column would break 16-byte loads into single ones
     full = width // BLOCK * BLOCK
-    for start in tl.range(0, full, BLOCK, num_stages=STAGES):
+    for start in range(0, full, BLOCK):
         x = tl.load(ROW + start + cols, eviction_policy="evict_last").to(tl.float32)
         z = _scaled(x, SOFTCAP, LOGIT_SCALE)
         peak, total = _add(peak, total, z)
@@ -162,7 +160,6 @@ def _write_dlogits(
     Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    STAGES: tl.constexpr,
 ) -> None:
     """Overwrites one row of logits by dlogits; `column` is the target's, outside the row where it has none."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -176,7 +173,7 @@ def _write_dlogits(
         is_target = cols == column - full
         d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
         tl.store(ROW + full + cols, d.to(ROW.dtype.element_ty), mask=inside, eviction_policy="evict_first")
-    for start in tl.range(0, full, BLOCK, num_stages=STAGES):
+    for start in range(0, full, BLOCK):
         x = tl.load(ROW + start + cols, eviction_policy="evict_first").to(tl.float32)
         is_target = cols == column - start
         d = _dlogits(x, is_target, lse2, scale, softmax_scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING)
@@ -222,7 +219,6 @@ def cross_entropy_kernel(
     Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    STAGES: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     ROW = LOGITS + row * row_stride
@@ -236,7 +232,7 @@ def cross_entropy_kernel(
         here = (column >= 0) & (column < width)
         # before the reductions' barriers, and so before any thread overwrites it
         x_target = tl.load(ROW + column, mask=here, other=0.0).to(tl.float32)
-        peak, total, z_sum = _online_softmax(ROW, width, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC, STAGES)
+        peak, total, z_sum = _online_softmax(ROW, width, SOFTCAP, LOGIT_SCALE, SMOOTHING, LANES, VEC)
         linear = tl.where(here, (1.0 - SMOOTHING) * _scaled(x_target, SOFTCAP, LOGIT_SCALE), 0.0)
         if SMOOTHING != 0.0:
             linear += z_sum * (SMOOTHING / vocab)
@@ -258,9 +254,7 @@ def cross_entropy_kernel(
             tl.store(LSE + row, lse2 * LN2, mask=last)
     if SCALE is not None:
         scale = tl.where(target == IGNORE, 0.0, tl.load(SCALE + row * SCALE_STRIDE) * LOGIT_SCALE)
-        _write_dlogits(
-            ROW, width, column, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, LANES, VEC, STAGES
-        )  # fmt: skip
+        _write_dlogits(ROW, width, column, lse2, scale, vocab, SOFTCAP, LOGIT_SCALE, SMOOTHING, Z_LOSS, LANES, VEC)
 
 
 class Softmax(NamedTuple):
@@ -303,7 +297,6 @@ def _launch(
         **constexprs(options),
         LANES=config.lanes,
         VEC=config.vec,
-        STAGES=config.stages,
         num_warps=warps(config),
     )
 

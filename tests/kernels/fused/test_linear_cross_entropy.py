@@ -25,7 +25,7 @@ def compile_rows(sweep: str, config: RowConfig, options: dict[str, float], dtype
     signature = {"LOGITS": f"*{dtype}", "TARGETS": "*i64"} | dict.fromkeys(given, "*fp32")
     signature |= {"row_stride": "i32:16", "start": "i32:16", "width": "i32", "vocab": "i32"}
     flags = options | {name: None for name in STATE if name not in given}
-    flags |= {"SCALE_STRIDE": 1, "LANES": config.lanes, "VEC": config.vec, "STAGES": config.stages}
+    flags |= {"SCALE_STRIDE": 1, "LANES": config.lanes, "VEC": config.vec}
     compiled = {}
     for warp_size in (32, 64):
         targets = {key: value for key, value in TARGETS.items() if value[0].warp_size == warp_size}
