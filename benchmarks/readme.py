@@ -130,8 +130,8 @@ LORA_NOTE = (
     "Mean over ranks 8 and 32, batches 1 and 4, lengths 512 and 2048 (least to most), float16, 30 trials each, or as "
     "many as take 2 s and at least 8; in brackets the figure that it answers. The peer is transformers and PEFT as "
     "they come. Before, each gradient of ours was held to PEFT's in float32: 2% of its norm away at most, or 1.5 times "
-    "as far as the peer's is. Ours has `recompute: mlp`; our head's gradient is computed in forward. "
-    "*Memory saved*: of the peak of tensors, weights included."
+    "as far as the peer's is. Our head's gradient is computed in forward. The last word of a row's "
+    "name is `recompute`. *Memory saved*: of the peak of tensors, weights included."
 )
 
 
@@ -149,7 +149,7 @@ def lora_rows(results: Mapping[str, Any]) -> list[list[str]]:
                 times, share = MODELS[name].claims[direction]
                 cells.append(f"{faster['mean']:.2f}x ({faster['least']:.2f} to {faster['most']:.2f}) [{times:.2f}x]")
                 cells.append("" if saved is None else f"{saved['mean']:.1%} [{share:.1%}]")
-            rows.append([f"{row['title']}, {LORA_ARM[arm]}", str(found["settings"]), *cells])
+            rows.append([f"{row['title']}, {LORA_ARM[arm]}, `{row['recompute']}`", str(found["settings"]), *cells])
     return rows
 
 

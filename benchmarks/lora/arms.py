@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lora.models import Model, fill
+from benchmarks.lora.models import RECOMPUTE, Model, fill
 from benchmarks.step.adapters import PLAIN, peft_config, stored_name, trained
 from benchmarks.step.ours import packed
 from benchmarks.step.reference import Reference, empty_model
@@ -24,13 +24,11 @@ from chronicals.adapters.lora import LoRA, adapter_tensors, add_lora, all_linear
 from chronicals.models.config import ModelConfig
 from chronicals.models.decoder import Decoder
 from chronicals.models.hf import hf_views
-from chronicals.models.layer import Recompute
 from chronicals.train.gradients import Gradients
 from chronicals.train.precision import resolve_ops
 from chronicals.train.step import to_device
 
 SCALE = 2.0**14
-RECOMPUTE: Recompute = "mlp"  # of both rows of ours, in every setting: time and memory are of the same passes
 
 
 class Peft:

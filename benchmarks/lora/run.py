@@ -32,7 +32,7 @@ from typing import Any
 
 from benchmarks import children
 from benchmarks.lora.measure import PEER, child, compiled, imported
-from benchmarks.lora.models import DIRECTIONS, MODELS, TINY, Model
+from benchmarks.lora.models import DIRECTIONS, MODELS, RECOMPUTE, TINY, Model
 from benchmarks.step.run import machine
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ class Child:
 def measure(name: str, turn: Callable[[str], dict[str, Any]], trials: int) -> dict[str, Any]:
     """A model's row: its settings and their means, or `error` and no number. `turn`: a side's part of it."""
     settings: dict[str, dict[str, Any]] = {}
-    found: dict[str, Any] = {"title": ALL[name].title, "trials": trials, "gate": {}}
+    found: dict[str, Any] = {"title": ALL[name].title, "trials": trials, "recompute": RECOMPUTE, "gate": {}}
     for side in (PEER, "ours"):
         part = turn(side)
         if "error" in part:

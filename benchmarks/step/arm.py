@@ -112,7 +112,9 @@ LORA_ARMS: dict[str, Spec] = {
     "ours_varlen": ARMS["ours_varlen"],
     **{
         f"ours_mlp{n}": Spec(
-            "ours", options={"recompute": "mlp", "layers": str(n)}, about=f"the MLP of {n} layers recomputed"
+            "ours",
+            options={"recompute": "mlp", "layers": str(n)},
+            about=f"the MLP of {n} layer{'s' * (n > 1)} recomputed",
         )
         for n in (1, 2, 4, 8, 10, 12)
     },
