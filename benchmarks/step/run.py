@@ -306,7 +306,8 @@ def _measured(spec: Spec, work: Work, options: argparse.Namespace, turns: Turns)
     if "error" in exact:
         return exact
     row = measure(make, work, exact, options.started, turns)
-    if options.profile and "error" not in row and spec == ARMS["ours"]:
+    varied = spec.family == "ours" and "variant" in (spec.options or {})
+    if options.profile and "error" not in row and (varied or spec == ARMS["ours"]):
         from benchmarks.step.layer import table
         from benchmarks.step.profile import profile_step
 
@@ -325,7 +326,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--arm", action="append", choices=names, help="only this one; may be repeated")
     parser.add_argument("--data", type=Path, help="for gsm8k: its train.jsonl, rows of question and answer")
     parser.add_argument("--steps", type=int, help="timed steps, where not 24")
-    parser.add_argument("--profile", action="store_true", help="where our step goes, kernel by kernel (not gsm8k)")
+    parser.add_argument("--profile", action="store_true", help="where our steps go, by kernels (not gsm8k)")
     parser.add_argument("--warm", action="append", choices=names, help="start it again on warm caches (ours)")
     parser.add_argument(
         "--at-once",
