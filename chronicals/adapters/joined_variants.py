@@ -30,7 +30,7 @@ from torch import Tensor
 
 from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.joined_nf4 import JoinedNF4LoRA
-from chronicals.adapters.unfused import DoRAProjection, Dropout, LoRAProjection, Target
+from chronicals.adapters.unfused import DoRAProjection, Dropout, Target
 from chronicals.kernels.dora import DoRARows
 from chronicals.kernels.grad_sink import WeightGradients
 from chronicals.kernels.lora import LoRADropout, Part
@@ -182,8 +182,14 @@ class JoinedDoRA(JoinedLoRA, DoRAProjection):
         out = with_room(x, len(right), self.out_room) if out is None else out
         return torch.mm(left, right.t(), out=out)
 
-    def glu(self, x: Tensor, glu: GLU, **options: Any) -> tuple[Tensor, Tensor | None]:
-        return LoRAProjection.glu(self, x, glu, **options)
+    def glu(
+        self, x: Tensor, glu: GLU, *, product: bool = True, out: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        gate_up, apart = options.get("gate_up"), options.get("apart")
+        if not product:
+            return self(x, gate_up, apart), None
+        z = self._before_scales(x, gate_up, apart)
+        return z, self.ops.scaled_glu_forward_(z, self.c, self.bias, glu.activation, out=out)
 
     def kept_out(self, y: Tensor) -> Tensor:
         return y

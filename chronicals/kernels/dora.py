@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from chronicals.kernels.glu import glu_forward
+
 
 @dataclass(frozen=True)
 class DoRARows:
@@ -60,6 +62,24 @@ def scale_columns_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     scaled = y * c
     return y.copy_(scaled if bias is None else scaled + bias)
+
+
+def scaled_glu_forward_(
+    gate_up: Tensor, c: Tensor, bias: Tensor | None, activation: str, *, out: Tensor | None = None
+) -> Tensor:
+    """`scale_columns_`, and the GLU of what it makes: the bits of one after the other.
+
+    Args:
+        gate_up: (T, 2F), any row stride; scaled in place.
+        c: (2F,) float32.
+        bias: (2F,) or None.
+        activation: as `glu_forward` has it.
+        out: (T, F), written. None: a new one.
+
+    Returns:
+        (T, F).
+    """
+    return glu_forward(scale_columns_(gate_up, c, bias), activation, out=out)
 
 
 def dora_backward(

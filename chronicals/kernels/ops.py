@@ -51,6 +51,7 @@ class Ops:
     dropout: Callable[..., Tensor]
     dora_scales: Callable[..., Callable[[], None]]
     scale_columns_: Callable[..., Tensor]
+    scaled_glu_forward_: Callable[..., Tensor]
     dora_backward: Callable[..., Tensor]
     attention: AttentionBackend
     linear_cross_entropy: Callable[..., Tensor]  # differentiable: the one op that is a step of its own
@@ -83,6 +84,7 @@ REFERENCE = Ops(
     dropout=lora.dropout,
     dora_scales=dora.dora_scales,
     scale_columns_=dora.scale_columns_,
+    scaled_glu_forward_=dora.scaled_glu_forward_,
     dora_backward=dora.dora_backward,
     attention=ByDevice(),
     linear_cross_entropy=linear_cross_entropy,
@@ -157,6 +159,7 @@ def fused(
         dropout=dropout.dropout,
         dora_scales=dora.dora_scales,
         scale_columns_=dora.scale_columns_,
+        scaled_glu_forward_=dora.scaled_glu_forward_,
         dora_backward=dora.dora_backward,
         attention=attention.backend_for(torch.device(device), dtype, head_dim=head_dim, deterministic=deterministic),
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,

@@ -5,7 +5,10 @@ adapted weight once, makes a tile of W + s B A in registers, on tensor cores, an
 beside would save nothing of it, as W A^T reads W too, and would cancel where B A takes W back. Backward reads dy and z
 and writes dz, over one of them if wanted; the magnitude's gradient it leaves in parts, as `column_partials` a bias's.
 
-Bytes: W once a micro-batch; y read and written; dy and z read, dz written. Left out: float64.
+A GLU behind the scales goes through with them, so that gate and up are read once.
+
+Bytes: W once a micro-batch; y read and written; dy and z read, dz written. Left out: float64; the GLU's gradient and
+dz in one pass.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from chronicals.kernels.dora import DoRARows
 from chronicals.kernels.fused.column_sums import COLUMNS, KEPT, ROWS, STAGES, THREADS, column_parts
+from chronicals.kernels.fused.glu import ACTIVATIONS, FORWARD, activate
 
 NORM_ROWS, NORM_COLUMNS, NORM_RANK, NORM_STAGES, NORM_WARPS = 64, 32, 32, 2, 4
 SCALE_ROWS, SCALE_COLUMNS, SCALE_THREADS = 4, 1024, 128  # of a tile: 2 KB of a row, and a thread's columns in each row
@@ -99,6 +103,42 @@ def scale_columns_kernel(
     if BIAS is not None:
         y += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)
     tl.store(place, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scaled(
+    place: tl.tensor, C: tl.tensor, BIAS: tl.tensor, column: tl.tensor, mask: tl.tensor
+) -> tl.tensor:  # fmt: skip
+    """What lies there times its column's scale: rounded, stored and returned in float32."""
+    y = tl.load(place, mask=mask, other=0.0).to(tl.float32) * tl.load(C + column, mask=mask, other=0.0)
+    if BIAS is not None:
+        y += tl.load(BIAS + column, mask=mask, other=0.0).to(tl.float32)
+    rounded = y.to(place.dtype.element_ty)
+    tl.store(place, rounded, mask=mask)
+    return rounded.to(tl.float32)
+
+
+@triton.jit
+def scaled_glu_forward_kernel(
+    GATE_UP: tl.tensor,  # (T, 2 width): gate, then up; last stride 1
+    C: tl.tensor,  # (2 width,) float32
+    BIAS: tl.tensor,  # (2 width,) or None
+    OUT: tl.tensor,  # (T, width), last stride 1
+    width: tl.tensor,
+    gate_up_stride: tl.tensor,
+    out_stride: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    place = GATE_UP + row * gate_up_stride + column
+    gate = _scaled(place, C, BIAS, column, mask)
+    up = _scaled(place + width, C, BIAS, column + width, mask)
+    value, _ = activate(gate, ACTIVATION)
+    tl.store(OUT + row * out_stride + column, (value * up).to(OUT.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -183,6 +223,24 @@ def scale_columns_(y: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
             ROWS=SCALE_ROWS, COLUMNS=SCALE_COLUMNS, num_warps=_warps(SCALE_THREADS),
         )  # fmt: skip
     return y
+
+
+def scaled_glu_forward_(
+    gate_up: Tensor, c: Tensor, bias: Tensor | None, activation: str, *, out: Tensor | None = None
+) -> Tensor:
+    """As `chronicals.kernels.dora.scaled_glu_forward_`: a pass over gate and up less."""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, width) if out is None else out
+    assert activation in ACTIVATIONS and out.shape == (tokens, width)
+    assert gate_up.stride(1) == out.stride(1) == 1
+    assert c.dtype == torch.float32 and c.shape == (2 * width,) and c.is_contiguous()
+    assert bias is None or (bias.shape == c.shape and bias.is_contiguous())
+    if out.numel():
+        scaled_glu_forward_kernel[(tokens * triton.cdiv(width, FORWARD.block),)](
+            gate_up, c, bias, out, width, gate_up.stride(0), out.stride(0),
+            ACTIVATION=activation, BLOCK=FORWARD.block, num_warps=FORWARD.warps,
+        )  # fmt: skip
+    return out
 
 
 def dora_backward(

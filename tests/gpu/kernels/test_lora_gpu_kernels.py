@@ -20,6 +20,7 @@ pytestmark = [
 ]
 if torch.cuda.is_available():
     from chronicals.kernels.fused import dora as fused_dora
+    from chronicals.kernels.fused.glu import glu_forward
     from chronicals.kernels.fused.lora_dropout import FusedLoRADropout
     from chronicals.kernels.fused.place_adapters import place_adapters
 
@@ -197,5 +198,9 @@ def test_dora_passes(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert torch.equal(fused_dora.dora_backward(again, over_z, c, c, out=over_z, bias=bias), partials)
     assert torch.equal(over_z, d)
     y_exact, y_eager = (dora.scale_columns_(y, c.to(y.dtype), bias.to(y.dtype)) for y in (z.double(), z.clone()))
+    unscaled = z.clone()
     fused_dora.scale_columns_(z, c, bias)
     assert relative_error(z, y_exact) <= 1.05 * relative_error(y_eager, y_exact) + 1e-6
+    if shape[1] % 2 == 0:
+        product = fused_dora.scaled_glu_forward_(unscaled, c, bias, "silu")
+        assert torch.equal(unscaled, z) and torch.equal(product, glu_forward(z, "silu"))

@@ -9,6 +9,7 @@ from chronicals.kernels import dora
 from chronicals.kernels.column_sums import reduce_partials
 from chronicals.kernels.dora import DoRARows
 from chronicals.kernels.fused import dora as fused
+from chronicals.kernels.fused.glu import ACTIVATIONS, glu_forward
 from tests.kernels.numerics import inside, relative_error
 
 
@@ -53,6 +54,21 @@ def test_both_passes(dtype: torch.dtype, size: tuple[int, int], with_bias: bool)
     exact = dora.scale_columns_(z.double(), c.double(), wide)
     assert fused.scale_columns_(z, c, bias) is z
     assert relative_error(z, exact) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_scales_and_the_glu_behind_them(dtype: torch.dtype, activation: str, with_bias: bool) -> None:
+    """The bits of one pass after the other, in slices of wider buffers."""
+    z, out = inside(torch.randn(5, 2 * 77).to(dtype)), inside(torch.zeros(5, 77, dtype=dtype))
+    c, bias = torch.randn(2 * 77), torch.randn(2 * 77).to(dtype) if with_bias else None
+    y = fused.scale_columns_(z.clone(), c, bias)
+    expected = glu_forward(y, activation)
+    assert fused.scaled_glu_forward_(z, c, bias, activation, out=out) is out
+    assert torch.equal(z, y) and torch.equal(out, expected)
+    assert torch.equal(fused.scaled_glu_forward_(z.clone(), torch.ones_like(c), None, activation), expected)
+    assert fused.scaled_glu_forward_(z[:0], c, bias, activation).shape == (0, 77)
 
 
 def test_into_a_place_and_of_nothing() -> None:
