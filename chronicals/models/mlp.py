@@ -56,7 +56,8 @@ class MLPHalf(Half):
 
     def projections_changed(self) -> None:
         """Chooses who computes the GLU, for both directions: `ops.glu_matmul` where both projections let it, else the
-        GLU's own passes. So the product that backward makes again is forward's, bit for bit."""
+        GLU's own passes. So the product that backward makes again is forward's, bit for bit; or, with dropout, another
+        one whatever is kept. Either way gradients do not depend on `recompute`."""
         ops = self.ops
         self.glu_joined = self.mlp.gate_up_proj.joins_glu and self.mlp.down_proj.joins_glu_grad
         passes = MatmulThenGLU(ops.glu_forward, ops.glu_backward)

@@ -46,7 +46,8 @@ def widened(x: Tensor, room: int) -> Tensor:
 @dataclass(frozen=True)
 class GLU:
     """The gated linear unit between two projections: which one, and who computes it. That is one choice for both
-    directions, as backward makes forward's product again and other kernels round it otherwise."""
+    directions, as backward makes forward's product again and other kernels round it otherwise. Dropout goes back by a
+    kernel of its own (adapters/joined_variants.py)."""
 
     activation: str
     matmul: MatmulThenGLU
@@ -75,10 +76,11 @@ class Projection(nn.Module):
     Attributes:
         in_room: columns of room that `forward` wants behind its input.
         out_room: columns of room that `input_grad` wants behind the gradient of its output.
-        joins_glu: whether its output is one matmul of `operands`, so that the GLU behind it may be a part of that.
         takes_unnormed: whether `backward_unnormed` does without a forward's input that a norm made.
-        joins_glu_grad: whether the gradient of its input is one matmul, of `grad_operands`, so that the gradient of the
-            GLU before it may be.
+        joins_glu: whether its output is one matmul of `operands`, so that the GLU behind it may be a part of that.
+        joins_glu_grad: whether that GLU may be although this projection comes behind it: the gradient of its input is
+            one matmul, of `grad_operands`, which takes the GLU's gradient in, or it makes the product again itself,
+            whatever is kept (dropout).
     """
 
     in_room = 0

@@ -84,6 +84,19 @@ def test_gradients_that_come_later_are_lent_to_the_head() -> None:
         assert model.sink.scratch(model.head_weight) is None, "it has a float32 buffer"
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_was_lent_may_hold_anything(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "tie_word_embeddings", tied)
+    model, gradients = gradients_of(torch.bfloat16, accumulate=False)
+    micro(model, gradients)
+    first = {name: gradient.clone() for name, gradient in gradients.buffers.items()}
+    for gradient in gradients.buffers.values():
+        gradient.fill_(float("nan"))
+    micro(model, gradients)
+    for name, gradient in gradients.buffers.items():
+        assert torch.equal(gradient, first[name]), name
+
+
 def test_buffers_are_aligned_as_by_the_allocator() -> None:
     for accumulate in (False, True):
         _, gradients = gradients_of(torch.bfloat16, accumulate=accumulate)

@@ -39,7 +39,8 @@ COLUMNS = 64  # of a tile in forward and for gradients of A alone: as many as a 
 DX_COLUMNS = 32  # where dx is made: more of them spill
 FLOAT32_ROWS = 16  # whose products are exact, and therefore not tensor cores': right, and slow
 WARPS = 4
-# programs of a multiprocessor, each with several tiles: both halves of backward, dx alone, the gradients of A alone
+# programs of a multiprocessor, each with several tiles: both halves of backward, dx alone, the gradients of A alone,
+# both halves and a GLU
 PROGRAMS, DX_PROGRAMS, A_PROGRAMS, GLU_PROGRAMS = 3, 8, 5, 16
 
 _LANES, _DROPOUT = tl.constexpr(LANES), tl.constexpr(DROPOUT)
@@ -293,7 +294,8 @@ def lora_dropout_up_kernel(
 
 
 class FusedLoRADropout(LoRADropout):
-    """As `chronicals.kernels.lora.LoRADropout`: a launch each way, or a few where ranks are high."""
+    """As `chronicals.kernels.lora.LoRADropout`: a launch each way; two in backward where there are several adapters,
+    and more where ranks are high."""
 
     passes = MatmulThenGLU(glu.glu_forward, glu.glu_backward)
 
