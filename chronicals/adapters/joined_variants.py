@@ -185,7 +185,8 @@ class JoinedDoRA(JoinedLoRA, DoRAProjection):
     def glu(
         self, x: Tensor, glu: GLU, *, product: bool = True, out: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        gate_up, apart = options.get("gate_up"), options.get("apart")
+        gate_up, apart = options.pop("gate_up", None), options.pop("apart", None)
+        assert not options
         if not product:
             return self(x, gate_up, apart), None
         z = self._before_scales(x, gate_up, apart)
