@@ -42,6 +42,7 @@ class JoinedDropout(JoinedLoRA):
 
     beside = False
     takes_unnormed = False
+    takes_unglued = True
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)

@@ -115,11 +115,16 @@ class AttentionHalf(Half):
     def out_room(self) -> int:
         return self.attention.o_proj.out_room
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        return ("normed",) if self.attention.qkv_proj.takes_unnormed else ()
+
     def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> AttentionSaved:
         """All of the forward pass but the last projection."""
         attention = self.attention
         x, normed, rstd = self.norm.add(residual, delta, attention.qkv_proj.in_room)
-        apart = attention.qkv_proj.apart(normed) if "normed" in self.dropped else None
+        dropped = "normed" in self.dropped
+        apart = attention.qkv_proj.apart(normed) if dropped else None
         qkv = attention.qkv_proj(normed, apart=apart)
         turned, q_rstd, k_rstd = attention.turn(qkv, stream)
         out, lse = self.ops.attention.forward(
@@ -129,7 +134,7 @@ class AttentionHalf(Half):
             window=attention.window,
             out=attention.outlet(qkv),
         )
-        return AttentionSaved(x, rstd, normed, apart, qkv, turned, q_rstd, k_rstd, out, lse)
+        return AttentionSaved(x, rstd, None if dropped else normed, apart, qkv, turned, q_rstd, k_rstd, out, lse)
 
     def output(self, saved: AttentionSaved) -> Tensor:
         """The last projection: (T, H)."""
@@ -138,8 +143,6 @@ class AttentionHalf(Half):
     def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, AttentionSaved]:
         saved = self.record(residual, delta, stream)
         delta = self.output(saved)
-        if "normed" in self.dropped:
-            saved = replace(saved, normed=None)
         return saved.x, delta, replace(saved, delta=self.attention.o_proj.kept_out(delta))
 
     def backward(

@@ -54,12 +54,23 @@ class Half:
     """A norm and the weights behind it.
 
     Attributes:
-        dropped: fields of what forward saves that are made again in backward instead; the layer's `recompute` sets it.
+        recomputed: fields of what forward saves that are made again in backward instead; the layer's `recompute` sets
+            it.
     """
 
     def __init__(self, norm: RMSNorm, weights: nn.Module) -> None:
         self.norm, self.weights = norm, weights
-        self.dropped: tuple[str, ...] = ()
+        self.recomputed: tuple[str, ...] = ()
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Fields that its projections never read in backward, so that they are kept for nobody."""
+        raise NotImplementedError
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Fields of what forward saves that are None."""
+        return *self.recomputed, *self.unread
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return chain(self.norm.parameters(), self.weights.parameters())

@@ -8,6 +8,8 @@ What is kept for backward, and what is computed again, is a layer's `recompute`:
     mlp     nor the gate-up projection's output: one more matmul
     full    nothing but the layer's input: the whole layer again, except its last projection
 
+What the projections never read is kept under none of them (`Half.unread`).
+
 Left out: dropout of activations, and norms after the halves (Gemma 2).
 
 Shapes: T tokens, H hidden.
@@ -33,7 +35,7 @@ from chronicals.models.mlp import MLP, MLPHalf, MLPSaved
 from chronicals.models.norm import RMSNorm
 
 Recompute = Literal["none", "light", "mlp", "full"]
-_DROPPED: dict[Recompute, tuple[str, ...]] = {
+_RECOMPUTED: dict[Recompute, tuple[str, ...]] = {
     "none": (),
     "light": ("normed", "product"),
     "mlp": ("normed", "product", "gate_up"),
@@ -95,7 +97,7 @@ class WholeLayer:
         self, saved: LayerSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None
     ) -> Tensor | None:
         first, second = self.record(saved.x, None, stream)
-        second = replace(second, product_kept=saved.product_kept)
+        second = self.mlp.thinned(second, product_kept=saved.product_kept)
         read = room is not None or any(weight.requires_grad for weight in self.attention.parameters())
         between = self.mlp.backward(second, d, stream, gradients, self.attention.out_room if read else None)
         del second, d
@@ -154,7 +156,7 @@ class DecoderLayer(nn.Module):
         self._recompute = policy
         self._units: tuple[Unit, ...] = (WholeLayer(*self._halves),) if policy == "full" else self._halves
         for half in self._halves:
-            half.dropped = _DROPPED[policy]
+            half.recomputed = _RECOMPUTED[policy]
 
     def projections_changed(self) -> None:
         """Says that projections were put in."""

@@ -67,6 +67,11 @@ class MLPHalf(Half):
     def out_room(self) -> int:
         return self.mlp.down_proj.out_room
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        takes = {"normed": self.mlp.gate_up_proj.takes_unnormed, "product": self.mlp.down_proj.takes_unglued}
+        return tuple(name for name, taken in takes.items() if taken)
+
     def up(self, normed: Tensor, *, product: bool = True, apart: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(T, H) -> gate and up (T, 2F), where their gradient will lie too, and the product (T, F) where it is
         wanted."""
@@ -88,12 +93,16 @@ class MLPHalf(Half):
         kept = self.mlp.down_proj.apart(saved.product) if apart else None
         return self.mlp.down_proj(saved.product, apart=kept), kept
 
+    def thinned(self, saved: MLPSaved, **fields: Any) -> MLPSaved:
+        """Without what is dropped, and with these fields."""
+        fields.update(dict.fromkeys(self.dropped))
+        return replace(saved, **fields)
+
     def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, MLPSaved]:
         saved = self.record(residual, delta, stream)
         delta, product_kept = self.output(saved, apart="product" in self.dropped)
-        dropped: dict[str, Any] = dict.fromkeys(self.dropped)
         kept_out = self.mlp.down_proj.kept_out(delta)
-        return saved.x, delta, replace(saved, product_kept=product_kept, delta=kept_out, **dropped)
+        return saved.x, delta, self.thinned(saved, product_kept=product_kept, delta=kept_out)
 
     def backward(
         self, saved: MLPSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None

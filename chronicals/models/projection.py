@@ -77,6 +77,7 @@ class Projection(nn.Module):
         in_room: columns of room that `forward` wants behind its input.
         out_room: columns of room that `input_grad` wants behind the gradient of its output.
         takes_unnormed: whether `backward_unnormed` does without a forward's input that a norm made.
+        takes_unglued: whether `glu_backward` does without a forward's input that a GLU made, while training.
         joins_glu: whether its output is one matmul of `operands`, so that the GLU behind it may be a part of that.
         joins_glu_grad: whether that GLU may be although this projection comes behind it: the gradient of its input is
             one matmul, of `grad_operands`, which takes the GLU's gradient in, or it makes the product again itself,
@@ -86,6 +87,7 @@ class Projection(nn.Module):
     in_room = 0
     out_room = 0
     takes_unnormed = False
+    takes_unglued = False
     joins_glu = True
     joins_glu_grad = True
 
