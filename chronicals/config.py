@@ -273,6 +273,11 @@ class TrainConfig(_Strict):
     """What backward computes again instead of keeping: norms and activations (`light`), the MLP too, a whole layer."""
     recompute_layers: Count | None = None
     """How many layers, from the first, do as `recompute` says (default all); the others do as `light`."""
+    activation_offloading: bool = False
+    """What layers keep for backward waits in the host's page-locked memory, beside the work; `recompute` says what that
+    is. On a GPU."""
+    activation_offloading_layers: Count | None = None
+    """How many layers, from the first, do so (default all but the last)."""
     cuda_graph: Literal["auto"] | bool = "auto"
     """Record the step once and replay it; `auto`: where it can be."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -83,6 +83,7 @@ KNOWN_VALUES: dict[str, frozenset[str]] = {
     stable_adamw
     """.split()
     ),
+    "activation_offloading": frozenset(["legacy", "disk"]),
     "adapter": frozenset(["llama-adapter"]),
     "bnb_4bit_quant_type": frozenset(["fp4"]),
     "lr_scheduler": frozenset(
@@ -174,7 +175,7 @@ UNSUPPORTED: dict[str, str] = {
     "float32": "use `bf16: false`",
     **dict.fromkeys(
         """
-    accelerator_config activation_checkpointing activation_offloading adam_beta3 adam_epsilon2
+    accelerator_config activation_checkpointing adam_beta3 adam_epsilon2
     added_tokens_overrides auto_find_batch_size average_tokens_across_devices batch_flattening bench_dataset
     bench_split bf16_full_eval center_rewards_coefficient chat_template_kwargs cls_model_config
     comet_api_key comet_experiment_config comet_experiment_key comet_mode comet_online comet_project_name

@@ -115,7 +115,9 @@ class Names:
         swaps = names.values.get(name, {})
         if isinstance(raw, str | bool | int) and (type(raw), raw) in {(type(k), k) for k in swaps}:
             if name == "recompute" and isinstance(raw, str):
-                self.notes.append(f"{written}: {raw} recomputes activations; none is offloaded")
+                self.notes.append(
+                    f"{written}: {raw} recomputes activations; activation_offloading: true offloads what is kept"
+                )
             return swaps[raw]
         if raw is False and not admits(annotation, bool):
             if admits(annotation, type(None)):

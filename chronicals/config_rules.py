@@ -45,6 +45,12 @@ def check(config: TrainConfig, names: Names, given: set[str]) -> None:
             "remove it, or set `recompute: mlp` or `full`",
         ),
         (
+            "activation_offloading_layers",
+            config.activation_offloading_layers is not None and not config.activation_offloading,
+            "activation_offloading_layers does nothing without activation_offloading",
+            "remove it, or set `activation_offloading: true`",
+        ),
+        (
             "chat_template_jinja",
             config.chat_template_jinja is not None and config.chat_template != "jinja",
             f"chat_template_jinja is given beside chat_template: {config.chat_template}",

@@ -29,6 +29,7 @@ from chronicals.models.config import ModelConfig
 from chronicals.models.half import Stream
 from chronicals.models.layer import DecoderLayer, Recompute
 from chronicals.models.norm import RMSNorm, final_norm
+from chronicals.models.offload import Offload
 from chronicals.models.projection import Projection
 from chronicals.models.resize import resized_rows
 from chronicals.models.rope import RopeConfig
@@ -138,6 +139,7 @@ class Decoder(nn.Module):
         self.sink: GradSink = Autograd()
         # Hugging Face names of parts of a trained parameter that stay as they are: biases of k beside trained ones of q
         self.frozen_parts: frozenset[str] = frozenset()
+        self.offload: Offload | None = None
         self._placing: tuple[Callable[[], None], ...] | None = None  # made at the first forward pass
 
     def set_recompute(self, policy: Recompute, layers: int | None = None) -> None:
@@ -146,6 +148,16 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             layer.recompute = policy if layers is None or index < layers else "light"
+
+    def set_offload(self, layers: int | None = None) -> None:
+        """What the first `layers` layers, or all, keep for backward is in the host's memory meanwhile (offload.py); not
+        the last layer's, which goes backward next."""
+        last = len(self.layers) - 1
+        layers = last if layers is None else min(layers, last)
+        self.offload = Offload(self.head_weight.device) if layers else None
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            layer.offloads = index < layers
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -175,13 +187,18 @@ class Decoder(nn.Module):
         token_order = tokens.argsort(stable=True).int() if token_order is None else token_order
         self.sink.start()
         cos, sin, rows = self.rotary_emb(positions, cu_seqlens, max_seqlen)
-        stream = Stream(cos, sin, rows, cu_seqlens, max_seqlen, self.sink)
+        offload = self.offload if torch.is_grad_enabled() else None
+        if offload is not None:
+            offload.start()
+        stream = Stream(cos, sin, rows, cu_seqlens, max_seqlen, self.sink, offload)
         self._place()
         residual, delta, room = self.embed_tokens(tokens, token_order, self.sink), None, 0
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             residual, delta = layer(residual, delta, stream, room)
             room = layer.out_room
+        if offload is not None:
+            offload.settle()
         return final_norm(self.norm, residual, delta, self.sink, room)
 
     def _place(self) -> None:
@@ -211,7 +228,7 @@ class Decoder(nn.Module):
         """A copy computes with parameters of its own: what holds addresses, or shares memory, is made anew."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update(deepcopy(self.__dict__ | {"_placing": None}, memo))
+        new.__dict__.update(deepcopy(self.__dict__ | {"_placing": None, "offload": None}, memo))
         return new._apply(lambda tensor: tensor)
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from chronicals.kernels.grad_sink import GradSink, WeightGradients
 from chronicals.models.norm import RMSNorm
+from chronicals.models.offload import Offload
 from chronicals.models.projection import Projection, outlet
 
 
@@ -38,6 +39,7 @@ class Stream:
     cu_seqlens: Tensor  # (documents + 1,) int32
     max_seqlen: int
     sink: GradSink
+    offload: Offload | None = None  # where layers that are asked to leave what they keep for backward
 
 
 @dataclass(frozen=True)

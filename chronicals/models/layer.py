@@ -109,12 +109,23 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, unit: Unit, stream: Stream, room: int, residual: Tensor, delta: Tensor | None, *weights: Tensor
+        ctx: Any,
+        unit: Unit,
+        stream: Stream,
+        room: int,
+        leaves: bool,
+        residual: Tensor,
+        delta: Tensor | None,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         x, out, saved = unit.forward(residual, delta, stream)
         ctx.unit, ctx.stream, ctx.kind, ctx.has_delta = unit, stream, type(saved), delta is not None
-        ctx.room = room
-        ctx.save_for_backward(*(getattr(saved, field.name) for field in fields(saved)))
+        ctx.room, ctx.parcel = room, None
+        tensors = [getattr(saved, field.name) for field in fields(saved)]
+        if stream.offload is not None and leaves and any(ctx.needs_input_grad):
+            ctx.parcel = stream.offload.put(tensors)
+        else:
+            ctx.save_for_backward(*tensors)
         return x, out
 
     @staticmethod
@@ -123,11 +134,20 @@ class _Run(torch.autograd.Function):
         assert d_x.data_ptr() == d_out.data_ptr(), "both outputs feed one sum, and nothing else"
         assert ctx.unit is not None, "backward overwrites what forward kept: it runs once"
         gradients = WeightGradients(ctx.stream.sink)
-        room = ctx.room if ctx.needs_input_grad[3] or ctx.needs_input_grad[4] else None
-        d = ctx.unit.backward(ctx.kind(*ctx.saved_tensors), d_x, ctx.stream, gradients, room)
+        room = ctx.room if ctx.needs_input_grad[4] or ctx.needs_input_grad[5] else None
+        d = ctx.unit.backward(_Run._saved(ctx), d_x, ctx.stream, gradients, room)
         returned = gradients.of(ctx.unit.parameters())
         ctx.unit = None
-        return None, None, None, d, d if ctx.has_delta else None, *returned
+        return *(None,) * 4, d, d if ctx.has_delta else None, *returned
+
+    @staticmethod
+    def _saved(ctx: Any) -> Any:
+        """What the unit's forward pass saved; what the one before it left on the host is on its way."""
+        if ctx.parcel is not None:
+            return ctx.kind(*ctx.stream.offload.get(ctx.parcel))
+        if ctx.stream.offload is not None:
+            ctx.stream.offload.ahead()
+        return ctx.kind(*ctx.saved_tensors)
 
 
 class DecoderLayer(nn.Module):
@@ -145,6 +165,7 @@ class DecoderLayer(nn.Module):
             MLPHalf(self.post_attention_layernorm, self.mlp, config.activation, ops),
         )
         self.recompute = "light"
+        self.offloads = False  # whether what it keeps is on the host until backward reads it, where the stream has it
 
     @property
     def recompute(self) -> Recompute:
@@ -178,6 +199,6 @@ class DecoderLayer(nn.Module):
         """(T, H) each -> the pair behind this layer, whose sum is the stream. Backward leaves `room` behind the
         gradient of the inputs."""
         for unit in self._units:
-            residual, delta = _Run.apply(unit, stream, room, residual, delta, *unit.parameters())
+            residual, delta = _Run.apply(unit, stream, room, self.offloads, residual, delta, *unit.parameters())
             room = unit.out_room
         return residual, delta

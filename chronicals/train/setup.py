@@ -188,6 +188,8 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
     model = _model(config, start, data.chat, ops)
     adapter = add_adapter(config, model, start.checkpoint)
     model.set_recompute(config.recompute, config.recompute_layers)
+    offloads = config.activation_offloading and start.device.type == "cuda"
+    model.set_offload(config.activation_offloading_layers if offloads else 0)
     optimizer = _optimizer(config, start.dtype, model)
     loss_scale = loss_scale_for(start.dtype, start.device)
     state, notes = RunState(), []
@@ -199,6 +201,8 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
             state.metrics_bytes = 0  # the rows before it are in the other run's file
 
     guard = _guard(config, start.dtype, model, optimizer, state.step)
+    if config.activation_offloading and not offloads:
+        notes.append("activation_offloading: off, as there is no GPU")
     gradients = Gradients(model, _trainable(model), accumulate=config.gradient_accumulation_steps > 1)
     loss = model.ops.linear_cross_entropy
     step = step_class(config.cuda_graph, start.device, ops, notes)(

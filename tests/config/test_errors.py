@@ -77,6 +77,10 @@ ERRORS = [
     ("val_set_size: 5\ntest_datasets: [{path: t}]", "c.yaml:4: val_set_size and test_datasets are both given; remove"),
     ("warmup_steps: 5\nwarmup_ratio: 0.1", "c.yaml:5: warmup_steps and warmup_ratio are both given; remove one of"),
     ("cosine_min_lr_ratio: 0.1", "c.yaml:4: cosine_min_lr_ratio does nothing with lr_scheduler: linear; remove it, or"),
+    (
+        "activation_offloading_layers: 8",
+        "c.yaml:4: activation_offloading_layers does nothing without activation_offloading; remove it, or set `activat",
+    ),
     ("recompute_layers: 8", "c.yaml:4: recompute_layers does nothing with recompute: light; remove it, or set `recom"),
     ("lr_decay_ratio: 0.5", "c.yaml:4: lr_decay_ratio does nothing with lr_scheduler: linear; remove it, or set"),
     ("chat_template: jinja", "c.yaml:4: chat_template: jinja without chat_template_jinja; put the template"),

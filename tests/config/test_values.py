@@ -137,7 +137,7 @@ def test_keys_without_effect_are_accepted_with_one_line_each(load) -> None:
     assert all("\n" not in note for note in config.notes)
     assert load("tf32:\nstrict: null\n").notes == []
     assert load("gradient_checkpointing: unsloth").notes == [
-        "gradient_checkpointing: unsloth recomputes activations; none is offloaded"
+        "gradient_checkpointing: unsloth recomputes activations; activation_offloading: true offloads what is kept"
     ]
 
 

@@ -12,6 +12,8 @@ import torch
 
 from chronicals.config import TrainConfig
 from chronicals.errors import UserError
+from chronicals.models import offload
+from chronicals.models.offload import Offload
 from chronicals.train.graph import GraphedStep
 from chronicals.train.trainer import Training
 from tests.train import helpers
@@ -49,6 +51,26 @@ def test_graph_is_eager(
     helpers.run(graph)
     assert len(recorded) > 1, "one R only"
     assert_same(eager, graph)
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+def test_offloading_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, recompute: str) -> None:
+    """All tensors go, over borders between chunks; evaluation between steps, and several micro-batches."""
+    monkeypatch.setattr(offload, "LARGE", 0)
+    monkeypatch.setattr(offload, "CHUNK", 2**14)
+    put, parcels = Offload.put, []
+    monkeypatch.setattr(Offload, "put", lambda self, tensors: parcels.append(put(self, tensors)) or parcels[-1])
+    values = {"recompute": recompute, "val_set_size": 40, "eval_steps": 7, "gradient_accumulation_steps": 3}
+    plain = config_of(folder, "plain", cuda_graph=True, **values)
+    eager = config_of(folder, "eager", cuda_graph=False, activation_offloading=True, **values)
+    graph = config_of(folder, "graph", cuda_graph=True, activation_offloading=True, **values)
+    helpers.run(plain)
+    assert not parcels
+    helpers.run(eager)
+    assert parcels
+    helpers.run(graph)
+    assert_same(plain, eager)
+    assert_same(plain, graph)
 
 
 def test_resume_into_a_graph(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,6 +277,11 @@ def test_recompute_changes_nothing_but_memory(folder: Path) -> None:
     assert helpers.rows(plain) == helpers.rows(again)
 
 
+def test_offloading_needs_a_gpu(folder: Path) -> None:
+    _, text = helpers.run(helpers.make_config(folder, max_steps=1, activation_offloading=True))
+    assert "activation_offloading: off, as there is no GPU" in " ".join(text.split())
+
+
 def test_weight_decay_and_clipping_reach_the_optimizer(folder: Path) -> None:
     runs = {}
     for name, values in {"plain": {}, "decay": {"weight_decay": 0.5}, "clip": {"max_grad_norm": 1e-9}}.items():
