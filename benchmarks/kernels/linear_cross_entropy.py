@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from benchmarks.kernels.harness import Arm, Call, Case, assert_no_worse, installed, relative_error
 from chronicals.kernels.fused.cross_entropy_rows import RowConfig, config_for, cross_entropy_rows_
-from chronicals.kernels.fused.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy
+from chronicals.kernels.fused.linear_cross_entropy import linear_cross_entropy
+from chronicals.kernels.fused.logits import CHUNK_ROWS
 from chronicals.kernels.grad_sink import InPlace
 from chronicals.kernels.linear_cross_entropy import HeadOptions, linear_cross_entropy_reference
 

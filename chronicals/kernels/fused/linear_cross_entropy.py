@@ -7,8 +7,8 @@ gradients, dH = dlogits W and dW = dlogits^T H. With R supervised rows, V column
 in place and into losses, dH = dlogits W, dW += dlogits^T h. Three matmuls of 2 R V H, one write and three reads of the
 R V logits beside (four and five with what the matmuls themselves write and read), a chunk of logits in memory. dW adds
 up in float32: in the caller's buffer where that is float32, else in a scratch where there is more than one chunk. Where
-one chunk is all, its logits lie in memory that the sink lends (gradients that come later), whole or, where that is too
-small, their first columns: then both walks of `frugal` run, over two blocks whose logits are kept.
+one chunk is all and a part of its logits lies in memory that the sink lends (logits.py), both walks of `frugal` run,
+over two blocks whose logits are kept.
 
 `frugal` walks blocks of columns, each for all rows, twice: first only the maximum and the sum of each row (online
 softmax); then the logits again, dlogits in place, the block's rows of dW written once, dH added up in float32. Four
@@ -25,12 +25,9 @@ Left out: skipping negligible tiles (see cross_entropy_rows.py), class weights, 
 
 from __future__ import annotations
 
-import functools
-import itertools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -40,141 +37,21 @@ from chronicals.kernels.fused.cross_entropy_rows import (
     dlogits_of_block_,
     losses_of_block,
 )
+from chronicals.kernels.fused.logits import (
+    Plan,
+    as_float32,
+    column_blocks,
+    kept_logits,
+    logits_buffer,
+    passing_logits,
+    plan_for,
+)
 from chronicals.kernels.fused.supervised_rows import gather_rows, scale_, scatter_rows
 from chronicals.kernels.grad_sink import GradSink, matmul_into
 from chronicals.kernels.linear_cross_entropy import Call, HeadOptions, public
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHUNK_ROWS = 4096  # below that, matmuls with a small H fall off and dW is re-read often
-LEAST_CHUNK_ROWS = 1024
-FRUGAL_LOGITS = 90_000_000  # bytes of a block of logits: with dH and h, 132 MB at 8192 x 896 x 151936
-FRUGAL_COLUMNS = 6000  # a block of dlogits is then read back from L2, in part
-ALIGNMENT = 64  # columns: row strides that cuBLAS's widest loads take, whatever the vocabulary
 PLAIN = HeadOptions()
-KEPT_FREE = 0.1  # of the free memory, for fragmentation
-LEAST_LENT = 0.25  # of the columns: less is not worth a second sweep that finds nothing in L2
-
-
-class Plan(NamedTuple):
-    """How much of the (R, V) logits exists at a time."""
-
-    chunk_rows: int  # against the whole vocabulary; 0: all rows, by blocks of columns
-    block_columns: int  # for all rows, where the walk is by blocks
-
-    @classmethod
-    def fast(cls, rows: int, vocab: int, chunk_rows: int) -> Plan:
-        """Even chunks of at most `chunk_rows`, or blocks of as many logits."""
-        chunks = max(1, triton.cdiv(rows, chunk_rows))
-        chunk = triton.cdiv(rows, chunks)
-        if chunks > 1:
-            chunk = min(_round_up(chunk, 128), chunk_rows)  # whole tiles of the matmul
-        return cls(chunk, min(vocab, _round_up(triton.cdiv(vocab, chunks), 128)))
-
-    @classmethod
-    def frugal(cls, rows: int, vocab: int, itemsize: int) -> Plan:
-        """Even blocks of at most `FRUGAL_LOGITS` bytes and `FRUGAL_COLUMNS` columns, but 128 columns at least."""
-        most = min(FRUGAL_COLUMNS, FRUGAL_LOGITS // (max(1, rows) * itemsize))
-        most = max(128, most // 128 * 128)
-        blocks = triton.cdiv(vocab, most)
-        return cls(0, min(vocab, _round_up(triton.cdiv(vocab, blocks), 128)))
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return triton.cdiv(n, multiple) * multiple
-
-
-def plan_for(mode: str, chunk_rows: int | None, rows: int, hidden: Tensor, weight: Tensor, scratch: bool) -> Plan:
-    """The plan that a mode stands for. `auto` asks for the free memory once for a shape and keeps to its answer, so
-    that a captured graph and its warm-up agree; `scratch`: dW will need a float32 scratch."""
-    vocab, features = weight.shape
-    if mode == "fast":
-        return Plan.fast(rows, vocab, chunk_rows or CHUNK_ROWS)
-    if mode == "auto":
-        if hidden.device.type != "cuda":
-            return Plan.fast(rows, vocab, chunk_rows or CHUNK_ROWS)
-        return _by_free_memory(hidden.device, chunk_rows, rows, vocab, features, weight.element_size(), scratch)
-    return Plan.frugal(rows, vocab, weight.element_size())
-
-
-@functools.cache
-def _by_free_memory(
-    device: torch.device,
-    chunk_rows: int | None,
-    rows: int,
-    vocab: int,
-    features: int,
-    itemsize: int,
-    scratch: bool,
-) -> Plan:
-    """`fast` with the largest chunk that fits, of 4096, 2048 and 1024 rows; `frugal` where none does."""
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    for chunk in [chunk_rows] if chunk_rows else [CHUNK_ROWS, CHUNK_ROWS // 2, LEAST_CHUNK_ROWS]:
-        plan = Plan.fast(rows, vocab, chunk)
-        needed = plan.chunk_rows * (_round_up(vocab, ALIGNMENT) + 2 * features) * itemsize
-        if scratch and plan.chunk_rows < rows:
-            needed += 4 * vocab * features
-        if needed <= (1 - KEPT_FREE) * free:
-            return plan
-    return Plan.frugal(rows, vocab, itemsize)
-
-
-def _blocks(vocab: int, columns: int) -> list[slice]:
-    """Blocks of at most `columns`; what does not fill 8 is one of its own at the end, of two columns at least.
-
-    cuBLAS takes its slow kernels wherever a dimension is not a multiple of 16 bytes, even if the strides are. A product
-    of one column is a matrix times a vector to it (`gemvx`), whose offsets are 32 bits: past 2^31 logits it writes
-    outside them (seen on an H200, CUDA 13.0, torch 2.11), where every other product here is right.
-    """
-    aligned = vocab // 8 * 8
-    if vocab == aligned + 1 > 1:
-        aligned -= 8
-    cuts = [*range(0, aligned, columns), aligned, vocab]
-    return [slice(start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
-
-
-def _logits_buffer(rows: int, columns: int, weight: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """(rows, at least `columns`), in `scratch` where there is one."""
-    shape = rows, _round_up(columns, ALIGNMENT)
-    if scratch is None:
-        return torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    return scratch.view(weight.dtype)[: shape[0] * shape[1]].view(shape)
-
-
-def _lent_columns(rows: int, weight: Tensor, scratch: Tensor | None) -> int:
-    """How many columns of the logits (rows, V) lie in `scratch`: all, none, or whole tiles of the matmul."""
-    vocab = len(weight)
-    if scratch is None or rows == 0:
-        return 0
-    room = scratch.nbytes // (rows * weight.element_size()) // 128 * 128
-    if room >= _round_up(vocab, ALIGNMENT):
-        return vocab
-    room = min(room, (vocab - 2) // 128 * 128)
-    return room if room >= LEAST_LENT * vocab else 0
-
-
-def _kept_logits(rows: int, weight: Tensor, scratch: Tensor, columns: int) -> list[tuple[slice, Tensor]]:
-    """Blocks of columns and where the logits of each lie: the first `columns` in `scratch`."""
-    rest = _logits_buffer(rows, len(weight) - columns, weight)
-    more = _blocks(len(weight) - columns, len(weight))
-    return [
-        (slice(0, columns), _logits_buffer(rows, columns, weight, scratch)),
-        *((slice(columns + block.start, columns + block.stop), rest[:, block]) for block in more),
-    ]
-
-
-def _passing_logits(rows: int, weight: Tensor, columns: int) -> list[tuple[slice, Tensor]]:
-    """Blocks of at most `columns`, whose logits lie in one place, one after another."""
-    vocab = len(weight)
-    buffer = _logits_buffer(rows, min(columns, vocab), weight)
-    return [(block, buffer[:, : block.stop - block.start]) for block in _blocks(vocab, columns)]
-
-
-def _fp32(scratch: Tensor | None, weight: Tensor) -> Tensor | None:
-    """`scratch` as float32 of the weight's shape, where it is large enough."""
-    if scratch is None or scratch.nbytes < 4 * weight.numel():
-        return None
-    return scratch.view(torch.float32)[: weight.numel()].view(weight.shape)
 
 
 def linear_cross_entropy_by_rows(
@@ -189,7 +66,7 @@ def linear_cross_entropy_by_rows(
     *,
     add: bool = False,
     options: HeadOptions = PLAIN,
-    chunk_rows: int = CHUNK_ROWS,
+    plan: Plan,
     scratch: Tensor | None = None,
 ) -> None:
     """Losses and gradients in one walk over chunks of rows (`fast`).
@@ -203,25 +80,24 @@ def linear_cross_entropy_by_rows(
         losses: (R,) float32. Overwritten; 0 where there is no target.
         dhidden: (T, H) or longer, last stride 1. Overwritten, by zero where there is no target. None: unwanted.
         dweight: (V, H). Overwritten, or added to if `add`. None: unwanted.
-        chunk_rows: rows whose logits exist at a time.
-        scratch: (n,) uint8, any contents: where several chunks add up a dW that is not float32, or where the logits of
-            a single chunk lie. None, or too small: allocated.
+        plan: of `fast`, all columns lent or none.
+        scratch: (n,) uint8, any contents: where several chunks add up a dW that is not float32 (None, or too small:
+            allocated), or where the logits of a single chunk lie.
     """
     (rows,), (vocab, features) = target_rows.shape, weight.shape
-    chunk_rows = min(chunk_rows, rows)
+    chunk_rows = plan.chunk_rows
     if dhidden is not None:
         dhidden.zero_()
     if rows == 0:
         return _nothing_for(dweight, add)
-    lent = chunk_rows == rows and _lent_columns(rows, weight, scratch) == vocab
-    buffer = _logits_buffer(chunk_rows, vocab, weight, scratch if lent else None)
+    buffer = logits_buffer(chunk_rows, vocab, weight, scratch if plan.lent_columns else None)
     h_buffer = torch.empty(chunk_rows, features, dtype=weight.dtype, device=weight.device)
-    blocks = _blocks(vocab, vocab)
+    blocks = column_blocks(vocab, vocab)
     exact = torch.float32 if len(blocks) > 1 else weight.dtype  # two products are added up before they are rounded
     dh_buffer = None if dhidden is None else torch.empty_like(h_buffer, dtype=exact)
     total, adding = dweight, add
     if dweight is not None and dweight.dtype != torch.float32 and chunk_rows < rows:
-        total, adding = _fp32(scratch, weight), False
+        total, adding = as_float32(scratch, weight), False
         if total is None:
             total = torch.empty(vocab, features, dtype=torch.float32, device=weight.device)
     for start in range(0, rows, chunk_rows):
@@ -351,10 +227,9 @@ class _Sum(torch.autograd.Function):
         inputs = (hidden, weight, target_rows, targets)
         wanted = _Wanted.open(hidden, weight, ctx.needs_input_grad, sink)
         gradients = (wanted.dhidden, wanted.dweight)
-        rows, vocab = len(targets), len(weight)
-        lent = _lent_columns(rows, weight, scratch) if plan.chunk_rows >= rows else 0
-        if plan.chunk_rows and (scratch is None or lent in (0, vocab)):
-            losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        rows = len(targets)
+        if plan.chunk_rows and plan.lent_columns in (0, len(weight)):
+            losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
             linear_cross_entropy_by_rows(
                 *inputs,
                 grad_scale,
@@ -362,15 +237,15 @@ class _Sum(torch.autograd.Function):
                 *gradients,
                 add=wanted.add,
                 options=options,
-                chunk_rows=plan.chunk_rows,
+                plan=plan,
                 scratch=scratch,
             )
         else:
-            kept = bool(plan.chunk_rows)
-            if kept and scratch is not None:
-                blocks = _kept_logits(rows, weight, scratch, lent)
+            kept = plan.lent_columns > 0
+            if kept:
+                blocks = kept_logits(rows, weight, scratch, plan.lent_columns)
             else:
-                blocks = _passing_logits(rows, weight, plan.block_columns)
+                blocks = passing_logits(rows, weight, plan.block_columns)
             losses, lse = linear_cross_entropy_losses(*inputs, options=options, blocks=blocks)
             linear_cross_entropy_gradients(
                 *inputs, grad_scale, lse, *gradients, add=wanted.add, options=options, blocks=blocks, kept=kept
@@ -413,7 +288,7 @@ class _Rows(torch.autograd.Function):
             target_rows,
             targets,
             options=options,
-            blocks=_passing_logits(len(targets), weight, block_columns),
+            blocks=passing_logits(len(targets), weight, block_columns),
         )
         ctx.save_for_backward(hidden, weight, target_rows, targets, grad_scale, lse)
         ctx.rest = block_columns, options, sink
@@ -436,7 +311,7 @@ class _Rows(torch.autograd.Function):
             wanted.dweight,
             add=wanted.add,
             options=options,
-            blocks=_passing_logits(len(targets), weight, block_columns),
+            blocks=passing_logits(len(targets), weight, block_columns),
         )
         return wanted.dhidden, wanted.close(weight, sink), *(None,) * 6
 
@@ -455,9 +330,7 @@ def _fused(call: Call) -> Tensor:
     summed = call.reduction == "sum" and call.wants_gradients
     rounds = summed and weight.requires_grad and weight.dtype != torch.float32
     scratch = call.sink.scratch(weight) if rounds and call.sink is not None else None
-    plan = plan_for(
-        call.mode, call.chunk_rows, len(target_rows), hidden, weight, rounds and _fp32(scratch, weight) is None
-    )
+    plan = plan_for(call.mode, call.chunk_rows, len(target_rows), weight, rounds, scratch)
     inputs = (hidden, weight, target_rows, targets, grad_scale)
     if summed:
         loss: Tensor = _Sum.apply(*inputs, plan, call.options, call.sink, scratch)

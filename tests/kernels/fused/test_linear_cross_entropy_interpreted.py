@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from chronicals.kernels import linear_cross_entropy as plain
-from chronicals.kernels.fused import cross_entropy_rows
+from chronicals.kernels.fused import cross_entropy_rows, logits
 from chronicals.kernels.fused import linear_cross_entropy as fused
 from chronicals.kernels.fused.cross_entropy_rows import RowConfig, Softmax, losses_of_block
 from chronicals.kernels.fused.supervised_rows import scale_
@@ -62,7 +62,7 @@ def check(inputs: list[Tensor], tolerance: float = TOLERANCE, **options: object)
 @pytest.mark.parametrize(("mode", "reduction"), [("fast", "sum"), ("frugal", "none")])  # every kernel between them
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(options: dict[str, float], mode: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "FRUGAL_COLUMNS", 128)  # three blocks, the last one ragged
+    monkeypatch.setattr(logits, "FRUGAL_COLUMNS", 128)  # three blocks, the last one ragged
     check(problem(3, 8, 301), mode=mode, reduction=reduction, **options)
 
 
@@ -287,11 +287,11 @@ def test_a_single_chunk_has_its_logits_in_what_the_sink_lends(
     loss = fused.linear_cross_entropy(*inputs, *rest, mode="fast", sink=sink)
     monkeypatch.undo()
     loss.backward()
-    lent = vocab if columns >= fused._round_up(vocab, 64) else min(columns, (vocab - 2) // 128 * 128)
-    lent = lent if lent >= fused.LEAST_LENT * vocab else 0
-    logits = [shape for (shape, *more) in made if not more and type(shape) is tuple]
+    lent = vocab if columns >= logits.round_up(vocab, 64) else min(columns, (vocab - 2) // 128 * 128)
+    lent = lent if lent >= logits.LEAST_LENT * vocab else 0
+    buffers = [shape for (shape, *more) in made if not more and type(shape) is tuple]
     left = vocab - lent
-    assert logits == ([(rows, fused._round_up(left, 64))] if left else []), "no more than what is not lent"
+    assert buffers == ([(rows, logits.round_up(left, 64))] if left else []), "no more than what is not lent"
     assert sum(b.shape[1] for a, b in multiplied if a.shape == (rows, 8)) == vocab, "logits are made once"
     torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
     for found, wanted in zip((hidden.grad, sink.buffers[weight]), expected, strict=True):
@@ -348,50 +348,6 @@ def test_no_gradient_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         fused.linear_cross_entropy(hidden, weight, *rest)
     assert len(made) == 2
-
-
-def test_plans() -> None:
-    """The memory that each mode keeps to."""
-    plan = fused.Plan.frugal(8192, 151936, 2)
-    features = 896
-    extra = 8192 * (2 * plan.block_columns + (2 + 4) * features + 4 * 4)
-    assert plan.chunk_rows == 0
-    assert extra <= 135e6
-    plan = fused.Plan.fast(8192, 151936, fused.CHUNK_ROWS)
-    assert plan.chunk_rows == 4096
-    assert 4096 * 2 * (151936 + 2 * features) <= 1.3e9
-    assert fused.Plan.fast(2048, 151936, fused.CHUNK_ROWS).chunk_rows == 2048
-    assert fused.Plan.fast(6000, 50257, fused.CHUNK_ROWS) == (3072, 25216)
-    assert fused.Plan.fast(0, 50257, fused.CHUNK_ROWS).chunk_rows == 0
-
-
-@pytest.mark.parametrize(("vocab", "last"), [(1, 1), (7, 7), (9, 9), (10, 2), (4096, 96), (4105, 9), (4106, 2)])
-def test_blocks_have_whole_vectors_and_no_product_is_of_one_column(vocab: int, last: int) -> None:
-    blocks = fused._blocks(vocab, 1000)
-    assert [block.start for block in blocks] == [0, *[block.stop for block in blocks[:-1]]]
-    assert blocks[-1] == slice(vocab - last, vocab)
-    assert all((block.stop - block.start) % 8 == 0 for block in blocks[:-1])
-
-
-@pytest.mark.parametrize(
-    ("free", "plan"),
-    [
-        (10e9, fused.Plan.fast(16384, 151936, 4096)),
-        (1.6e9, fused.Plan.fast(16384, 151936, 2048)),
-        (1.1e9, fused.Plan.fast(16384, 151936, 1024)),
-        (0.5e9, fused.Plan.frugal(16384, 151936, 2)),
-    ],
-)
-def test_auto_takes_what_fits(free: float, plan: fused.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), 0))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    fused._by_free_memory.cache_clear()
-    device = torch.device("cuda")
-    assert fused._by_free_memory(device, None, 16384, 151936, 896, 2, True) == plan
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-    assert fused._by_free_memory(device, None, 16384, 151936, 896, 2, True) == plan, "asked once"
-    fused._by_free_memory.cache_clear()
 
 
 @pytest.mark.parametrize("op", [fused.linear_cross_entropy, plain.linear_cross_entropy], ids=["fused", "plain"])
