@@ -7,6 +7,7 @@ The masks are those of `dropout_mask` (chronicals/kernels/lora.py). In plain PyT
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -54,6 +55,7 @@ def dropout(x: Tensor, p: float, *, seed: int, stream: int, counter: Tensor) -> 
     tokens, columns = x.shape
     assert x.dtype in DTYPES, f"no kernel for {x.dtype}"
     assert x.stride(1) == 1 or columns == 1
+    assert counter.dtype == torch.int64 and counter.numel() == 1
     assert tokens * triton.cdiv(columns, LANES) < MOST_CALLS, f"no mask of {tokens} x {columns}"
     out = x.new_empty(tokens, columns)
     programs = triton.cdiv(tokens, ROWS) * triton.cdiv(columns, COLUMNS)

@@ -22,3 +22,11 @@ def test_masks_and_values_are_the_plain_ones(size: tuple[int, int], seed: int, d
         assert ours.is_contiguous()
     if x.numel() > 1000:
         assert 0.25 < (ours == 0).float().mean() < 0.35
+
+
+@pytest.mark.parametrize(
+    "counter", [torch.tensor(5.0), torch.tensor(5, dtype=torch.int32), torch.tensor([5, 6])], ids=str
+)
+def test_the_counter_is_one_int64(counter: torch.Tensor) -> None:
+    with pytest.raises(AssertionError):
+        dropout(torch.ones(2, 8), 0.3, seed=0, stream=0, counter=counter)
