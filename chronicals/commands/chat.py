@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,16 @@ def _beside(model: Any, base: Path, adapter: Path) -> Any:
     rows = vocabulary_rows(adapter)
     if rows is not None:
         model.resize_token_embeddings(rows, mean_resizing=False)
+    mend = "write the right one into base_model_name_or_path"
     try:
-        return PeftModel.from_pretrained(model, adapter)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below
+            beside = PeftModel.from_pretrained(model, adapter)
     except RuntimeError as error:
-        mend = "write the right one into base_model_name_or_path"
         raise UserError(f"it does not fit the base model {base} ({error})", mend, file=adapter) from error
+    told = beside.load_adapter(adapter, "default")  # once more, as it alone tells of tensors that do not fit
+    for what, names in (("is missing", told.missing_keys), ("belongs to no target", told.unexpected_keys)):
+        if names:
+            name = names[0].replace(".default", "")
+            raise UserError(f"tensor {name} {what}", f"get the adapter's files again, or {mend}", file=adapter)
+    return beside

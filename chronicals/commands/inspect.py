@@ -28,11 +28,15 @@ def inspect(config: TrainConfig, console: Console) -> None:
     """Prints a sample with its loss mask, counts, lengths, packing and steps, and prepares the data on the way.
 
     Raises:
-        UserError: as `prepare`.
+        UserError: as `prepare`, and where the adapter's keys fit no module of the model.
     """
     from chronicals.data.prepare import prepare, sample
     from chronicals.data.tokenizer import load_tokenizer
 
+    if config.adapter is not None:
+        from chronicals.train.setup import check_model
+
+        check_model(config)
     chat = load_tokenizer(config)
     for number, (row, tokens, mask) in enumerate(sample(config, chat, SAMPLES)):
         if number == 0:

@@ -140,11 +140,16 @@ def check_start(config: TrainConfig) -> Start:
     return Start(device, dtype, output_dir, checkpoints, checkpoint)
 
 
-def load_data(config: TrainConfig, *, progress: bool) -> Data:
-    """Tokenise, pack, and count the steps. A model that cannot be trained is told first: data may take an hour."""
+def check_model(config: TrainConfig) -> None:
+    """Raises UserError where the model cannot be trained as the config says, by its config.json alone."""
     base = load_config(_base_folder(config))
     lora_of(config, base)
     quantization_of(config, base)
+
+
+def load_data(config: TrainConfig, *, progress: bool) -> Data:
+    """Tokenise, pack, and count the steps. A model that cannot be trained is told first: data may take an hour."""
+    check_model(config)
     chat = remembered_tokenizer(config)
     prepared = prepare(config, chat, progress=progress)
     loader = partial(

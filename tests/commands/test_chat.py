@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import chronicals.data
@@ -159,6 +160,38 @@ def test_an_adapter_of_another_model_is_told(folder: Path, tmp_path: Path) -> No
     (tmp_path / "adapter/adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"^\S*/adapter: the adapter's weights are missing \(.*\); get them again"):
         ask(tmp_path / "adapter", "hello")
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoRA(4, 8, ("q_proj", "up_proj"), dora=True, bias="lora_only"),
+        LoRA(4, 8, ("q_proj",), modules_to_save=("embed_tokens", "lm_head", "norm")),
+        LoRA(4, 8, ("q_proj", "down_proj"), layers_to_transform=(0,), rank_pattern={"down_proj": 2}),
+    ],
+    ids=str,
+)
+def test_an_adapter_with_a_missing_or_a_foreign_tensor_is_told(
+    lora: LoRA, folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """PEFT only warns of the first, and of the second it says nothing."""
+    model = load_model(folder)
+    add_lora(model, lora)
+    save_adapter(model, lora, tmp_path, base_model=str(folder))
+    ask(tmp_path, "hello")
+    file, name = (
+        tmp_path / "adapter_model.safetensors",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    )
+    whole = load_file(file)
+    save_file({key: tensor for key, tensor in whole.items() if key != name}, file)
+    with pytest.raises(UserError, match=rf"^{tmp_path}: tensor {name} is missing; get the adapter's files again, or "):
+        ask(tmp_path, "hello")
+    foreign = name.replace("q_proj", "o_proj")
+    save_file(whole | {foreign: whole[name].clone()}, file)
+    with pytest.raises(UserError, match=rf"^{tmp_path}: tensor {foreign} belongs to no target; get the adapter's"):
+        ask(tmp_path, "hello")
+    assert not [told for told in recwarn if "missing adapter keys" in str(told.message)]
 
 
 def test_a_folder_without_model_says_what_to_try(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,33 @@ def test_the_sample_is_shown_even_where_nothing_is_trained(model: str) -> None:
         inspect(asked, Console(file=out, width=80))
     assert ", longer than sequence_len 16\n" in out.getvalue()
     assert "[[Hello<|im_end|>]]" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"lora_target_modules": ["qproj"]},
+            r"^lora_target_modules: the model has no linear layer 'qproj'; did you mean",
+        ),
+        ({"lora_target_modules": ["q_proj"], "peft_layers_to_transform": [2]}, "^peft_layers_to_transform: "),
+        ({"lora_modules_to_save": ["lm_haed"]}, "^lora_modules_to_save: "),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_fits_no_module_is_told_first(
+    keys: dict[str, Any], message: str, model: str, tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    sizes = {"vocab_size": 700, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    rows = [talk("Hi", f"one {i}") for i in range(10)]
+    assert "10 documents" in shown(config(str(tmp_path / "model"), rows, adapter="lora"))
+    out = io.StringIO()
+    with pytest.raises(UserError, match=message):
+        inspect(config(str(tmp_path / "model"), rows, adapter="lora", **keys), Console(file=out))
+    assert out.getvalue() == ""
 
 
 def test_long_samples_are_cut(model: str) -> None:
