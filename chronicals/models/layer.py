@@ -82,11 +82,13 @@ class WholeLayer:
     def parameters(self) -> Iterator[nn.Parameter]:
         return chain(self.attention.parameters(), self.mlp.parameters())
 
-    def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[AttentionSaved, MLPSaved]:
+    def record(
+        self, residual: Tensor, delta: Tensor | None, stream: Stream, *, product: bool = True
+    ) -> tuple[AttentionSaved, MLPSaved]:
         first = self.attention.record(residual, delta, stream)
         between = self.attention.output(first)
         first = replace(first, delta=self.attention.attention.o_proj.kept_out(between))
-        return first, self.mlp.record(first.x, between, stream)
+        return first, self.mlp.record(first.x, between, stream, product=product)
 
     def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, LayerSaved]:
         first, second = self.record(residual, delta, stream)
@@ -96,7 +98,7 @@ class WholeLayer:
     def backward(
         self, saved: LayerSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None
     ) -> Tensor | None:
-        first, second = self.record(saved.x, None, stream)
+        first, second = self.record(saved.x, None, stream, product="product" not in self.mlp.dropped)
         second = self.mlp.thinned(second, product_kept=saved.product_kept)
         read = room is not None or any(weight.requires_grad for weight in self.attention.parameters())
         between = self.mlp.backward(second, d, stream, gradients, self.attention.out_room if read else None)

@@ -56,8 +56,8 @@ class MLPHalf(Half):
 
     def projections_changed(self) -> None:
         """Chooses who computes the GLU, for both directions: `ops.glu_matmul` where both projections let it, else the
-        GLU's own passes. So the product that backward makes again is forward's, bit for bit; or, with dropout, another
-        one whatever is kept. Either way gradients do not depend on `recompute`."""
+        GLU's own passes. So the product that backward makes again is forward's, bit for bit; or, with dropout and where
+        the matmul `rounds_again`, another one whatever is kept. Either way gradients do not depend on `recompute`."""
         ops = self.ops
         self.glu_joined = self.mlp.gate_up_proj.joins_glu and self.mlp.down_proj.joins_glu_grad
         passes = MatmulThenGLU(ops.glu_forward, ops.glu_backward)
@@ -69,7 +69,12 @@ class MLPHalf(Half):
 
     @property
     def unread(self) -> tuple[str, ...]:
-        takes = {"normed": self.mlp.gate_up_proj.takes_unnormed, "product": self.mlp.down_proj.takes_unglued}
+        gate_up_proj = self.mlp.gate_up_proj
+        again = self.glu.matmul.rounds_again(len(self.norm.weight) + gate_up_proj.in_room)
+        takes = {
+            "normed": gate_up_proj.takes_unnormed,
+            "product": self.mlp.down_proj.takes_unglued or again,
+        }
         return tuple(name for name, taken in takes.items() if taken)
 
     def up(self, normed: Tensor, *, product: bool = True, apart: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -80,12 +85,12 @@ class MLPHalf(Half):
         out = outlet(normed, down_proj.weight.shape[1], down_proj.in_room if product else 0)
         return gate_up_proj.glu(normed, self.glu, product=product, gate_up=gate_up, out=out, apart=apart)
 
-    def record(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> MLPSaved:
-        """All of the forward pass but the last projection."""
+    def record(self, residual: Tensor, delta: Tensor | None, stream: Stream, *, product: bool = True) -> MLPSaved:
+        """All of the forward pass but the last projection; without the product where that is not wanted."""
         x, normed, rstd = self.norm.add(residual, delta, self.mlp.gate_up_proj.in_room)
         gate_up_again = "gate_up" in self.dropped  # and with it what stands behind `normed`
         apart = self.mlp.gate_up_proj.apart(normed) if "normed" in self.dropped and not gate_up_again else None
-        return MLPSaved(x, rstd, normed, apart, *self.up(normed, apart=apart), None)
+        return MLPSaved(x, rstd, normed, apart, *self.up(normed, product=product, apart=apart), None)
 
     def output(self, saved: MLPSaved, *, apart: bool) -> tuple[Tensor, Tensor | None]:
         """The last projection: (T, H), and what it left behind the product where that is wanted `apart`."""

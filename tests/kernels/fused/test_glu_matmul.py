@@ -177,6 +177,20 @@ def test_a_kernel_is_made_once_and_cut_as_the_table_says(quack: ModuleType) -> N
         assert (call["tile_M"], call["tile_N"], call["pingpong"]) == config[:3]
 
 
+def test_long_sums_take_the_two_kernels_forward(quack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, bf, launched = HopperGLUMatmul(), torch.bfloat16, list[str]()
+    launch = glu_matmul._launch
+    monkeypatch.setattr(glu_matmul, "_launch", lambda key, *args: (launched.append(key[0]), launch(key, *args)))
+    vars(op).update(glu_forward=glu_forward)  # Triton's needs a GPU
+    for hidden, kernels in ((2048, ["forward", "backward"]), (2056, ["backward"])):
+        assert op.rounds_again(hidden) == (len(kernels) == 1)
+        gate_up, product = op.forward(wide(8, hidden, bf), wide(2 * WIDTH, hidden, bf), "silu")
+        assert product is not None
+        op.backward(wide(8, hidden, bf), wide(hidden, WIDTH, bf), gate_up, "silu", d_gate_up=gate_up, again=True)
+        assert launched == kernels
+        launched.clear()
+
+
 def test_names_tell_kernels_apart_where_their_text_cannot(quack: ModuleType) -> None:
     """quack reads the text of a function only where it is not installed below site-packages."""
     bf, half = torch.bfloat16, torch.float16
