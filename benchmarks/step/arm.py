@@ -119,6 +119,7 @@ LORA_ARMS: dict[str, Spec] = {
         for n in (1, 2, 4, 8, 10, 12)
     },
     "ours_none": ARMS["ours_none"],
+    "ours_least": ARMS["ours_least"],
     "ours_dropout": Spec("ours", options={"variant": "dropout"}, about="dropout 0.05"),
     "ours_bias": Spec("ours", options={"variant": "bias"}, about="biases trained"),
     "ours_dora": Spec("ours", options={"variant": "dora"}, about="DoRA"),

@@ -48,6 +48,7 @@ from chronicals.train.precision import resolve_ops
 from chronicals.train.step import to_device
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # of a gradient's norm, against transformers in float32
+STAY = 4  # layers of a work for least memory that keep their share on the device: they go backward first
 ROUNDED = 1.5  # times transformers' own distance in the same dtype
 
 
@@ -77,9 +78,7 @@ class Ours(Arm):
         if options.get("attention") == "torch":
             ops = replace(ops, attention=TorchVarlen())
         self.model = self.load(ops, device)
-        self.recompute = options.get("recompute", "full" if work.least_memory else "light")
-        layers = options.get("layers")
-        self.model.set_recompute(self.recompute, int(layers) if layers else None)
+        self.recompute = self._set_memory(options, len(self.model.layers))
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         wide = spec.precision == "fp32" or self.dtype == torch.float32
         form = format_of("adamw" if wide else "adamw_bf16_sr", self.dtype)
@@ -115,6 +114,16 @@ class Ours(Arm):
         }
         self.batches = [packed(work, ids) for ids in batches(work)]
         self.steps = 0
+
+    def _set_memory(self, options: Mapping[str, str], layers: int) -> str:
+        """Says what is computed again and what waits on the host, and tells it."""
+        recompute, first = options.get("recompute", "light"), int(options.get("layers", layers))
+        least = self.work.least_memory and "recompute" not in options
+        if least:
+            recompute, first = "mlp", max(1, layers - STAY)
+        self.model.set_recompute(recompute, first)
+        self.model.set_offload(first if least else 0)
+        return f"{recompute} in {first} of {layers} layers, offloaded" if least else recompute
 
     def load(self, ops: Ops, device: torch.device) -> Decoder:
         return load_model(self.folder, dtype=self.dtype, device=device, ops=ops, quantization=self.quantization)

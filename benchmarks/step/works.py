@@ -100,7 +100,8 @@ class Lora:
 class Work:
     """`documents` of `length` tokens each a step, all of them supervised.
 
-    `lora`: adapters are trained and the model is frozen. `least_memory`: every arm checkpoints its layers.
+    `lora`: adapters are trained and the model is frozen. `least_memory`: every arm checkpoints its layers,
+    or computes their MLPs again, and offloads what is kept where it can.
     """
 
     name: str
