@@ -48,7 +48,8 @@ from chronicals.train.precision import resolve_ops
 from chronicals.train.step import to_device
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # of a gradient's norm, against transformers in float32
-STAY = 4  # layers of a work for least memory that keep their share on the device: they go backward first
+STAY, LIGHT = 6, 2  # layers of a work for least memory, from the last, which is backward's first: what they keep is on
+# the device, as the link to the host is busy enough; so many compute nothing again but what is elementwise
 ROUNDED = 1.5  # times transformers' own distance in the same dtype
 
 
@@ -117,13 +118,14 @@ class Ours(Arm):
 
     def _set_memory(self, options: Mapping[str, str], layers: int) -> str:
         """Says what is computed again and what waits on the host, and tells it."""
-        recompute, first = options.get("recompute", "light"), int(options.get("layers", layers))
-        least = self.work.least_memory and "recompute" not in options
-        if least:
-            recompute, first = "mlp", max(1, layers - STAY)
-        self.model.set_recompute(recompute, first)
-        self.model.set_offload(first if least else 0)
-        return f"{recompute} in {first} of {layers} layers, offloaded" if least else recompute
+        if self.work.least_memory and "recompute" not in options:
+            again, offloaded = max(1, layers - LIGHT), max(1, layers - STAY)
+            self.model.set_recompute("mlp", again)
+            self.model.set_offload(offloaded)
+            return f"mlp in {again} of {layers} layers, {offloaded} offloaded"
+        recompute, first = options.get("recompute", "light"), options.get("layers")
+        self.model.set_recompute(recompute, int(first) if first else None)
+        return recompute
 
     def load(self, ops: Ops, device: torch.device) -> Decoder:
         return load_model(self.folder, dtype=self.dtype, device=device, ops=ops, quantization=self.quantization)
