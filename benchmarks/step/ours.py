@@ -48,8 +48,8 @@ from chronicals.train.precision import resolve_ops
 from chronicals.train.step import to_device
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # of a gradient's norm, against transformers in float32
-STAY, LIGHT = 6, 2  # layers of a work for least memory, from the last, which is backward's first: what they keep is on
-# the device, as the link to the host is busy enough; so many compute nothing again but what is elementwise
+STAY, LIGHT = 6, 1  # layers of a work for least memory: what so many keep is on the device, as the link to the host is
+# busy enough; the last of them, backward's first, compute nothing again but what is elementwise
 ROUNDED = 1.5  # times transformers' own distance in the same dtype
 
 

@@ -150,14 +150,15 @@ class Decoder(nn.Module):
             layer.recompute = policy if layers is None or index < layers else "light"
 
     def set_offload(self, layers: int | None = None) -> None:
-        """What the first `layers` layers, or all, keep for backward is in the host's memory meanwhile (offload.py); not
-        the last layer's, which goes backward next."""
-        last = len(self.layers) - 1
-        layers = last if layers is None else min(layers, last)
-        self.offload = Offload(self.head_weight.device) if layers else None
+        """What so many layers, or all, keep for backward is in the host's memory meanwhile (offload.py), but for the
+        last layer, which goes backward next. The others that stay on the device lie evenly between, so that copies
+        which take longer than a layer's forward pass have time to catch up."""
+        count = len(self.layers)
+        stay = 1 if layers is None else max(1, count - layers)
+        self.offload = Offload(self.head_weight.device) if stay < count else None
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            layer.offloads = index < layers
+            layer.offloads = (index + 1) * stay // count == index * stay // count
 
     @property
     def head_weight(self) -> nn.Parameter:

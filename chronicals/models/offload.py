@@ -26,7 +26,9 @@ from chronicals.errors import UserError
 
 LARGE = 2**22  # bytes from which on memory is worth a copy
 CHUNK = 2**28  # bytes of page-locked memory taken at once; a power of 2, to which torch rounds them
-ON_THE_WAY = 2  # copies to the host that have not ended before the next one: what they read is not free yet
+ON_THE_WAY = (
+    4  # copies to the host that may not have ended before the next one, two layers': what they read is not free
+)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,17 @@ def test_gradients_are_the_same_bits(family: str, adapter: bool, policy: Recompu
     assert 0 < used[1] < used[2] == used[3] == used[4], "the last layer's stays"
 
 
+@pytest.mark.parametrize(
+    ("layers", "leaving"),
+    [(0, []), (1, [0]), (2, [0, 3]), (4, [0, 1, 3, 4]), (5, [0, 1, 2, 3, 4]), (6, [0, 1, 2, 3, 4])],
+)
+def test_layers_that_stay_are_spread_evenly(layers: int, leaving: list[int]) -> None:
+    model = Decoder(ModelConfig.from_hf(SIZES | {"model_type": "llama", "num_hidden_layers": 6}), REFERENCE)
+    model.set_offload(layers)
+    assert [index for index, layer in enumerate(model.layers) if layer.offloads] == leaving
+    assert (model.offload is None) == (not leaving)
+
+
 def test_it_is_the_host_that_backward_reads() -> None:
     model = model_of("llama", adapter=True)
     model.set_offload()
