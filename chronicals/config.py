@@ -1,9 +1,9 @@
 """The config: one flat, strict, frozen schema with the names that Axolotl uses; the other tools' names are aliases.
 
 `TrainConfig.load(file, overrides)` and `TrainConfig(**values)` go the same way: names are resolved (config_names.py),
-pydantic checks each value, then `check` looks at values together (config_rules.py). Whatever is wrong is one error that
-names the line it was written in. A null is the same as leaving the key out. Left out: nested sections, environment
-variables in values, includes.
+`fill` sets what follows from other keys, pydantic checks each value, and `check` looks at values together
+(config_rules.py). Whatever is wrong is one error that names the line it was written in. A null is the same as leaving
+the key out. Left out: nested sections, environment variables in values, includes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from chronicals.config_axolotl import ALIASES, NOTES
 from chronicals.config_docs import schema_with_names
 from chronicals.config_names import Names
-from chronicals.config_rules import check, fill_adapter
+from chronicals.config_rules import check, fill
 from chronicals.config_yaml import Source, override, read
 
 Count = Annotated[int, Field(ge=1)]
@@ -335,7 +335,7 @@ class TrainConfig(_Strict):
     def _build(self, source: Source) -> None:
         names = Names(source, TrainConfig, _NESTED)
         values = names.resolve()
-        reasons = _fill(values, names.notes)
+        reasons = fill(values, names.notes)
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -402,40 +402,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _fill(values: dict[str, Any], notes: list[str]) -> dict[str, str]:
-    """Set what follows from other keys, in place; returns key -> why for each value set."""
-    why: dict[str, str] = {}
-
-    def choose(key: str, value: Any, reason: str) -> None:
-        if key not in values:
-            values[key], why[key] = value, reason
-
-    has_eval = bool(values.get("val_set_size")) or "test_datasets" in values
-    if not has_eval and isinstance(values.get("evals_per_epoch"), int):  # many Axolotl files have it without a set
-        del values["evals_per_epoch"]
-        notes.append("evals_per_epoch has no effect: there is no evaluation set (val_set_size or test_datasets)")
-    if isinstance(share := values.get("warmup_steps"), float) and 0 < share < 1 and "warmup_ratio" not in values:
-        del values["warmup_steps"]
-        choose("warmup_ratio", share, "warmup_steps below 1 is a share of all steps")
-    if "save_steps" in values:
-        choose("save_strategy", "steps", "save_steps is given")
-    if values.get("save_strategy", "epoch") == "epoch":
-        choose("saves_per_epoch", 1, "at each epoch's end")
-    if "eval_steps" in values:
-        choose("eval_strategy", "steps", "eval_steps is given")
-    elif not has_eval:
-        choose("eval_strategy", "no", "no evaluation set")
-    if values.get("eval_strategy", "epoch") == "epoch":
-        choose("evals_per_epoch", 1, "at each epoch's end")
-    if values.get("adapter") is not None:
-        fill_adapter(values, choose)
-    choose("eval_batch_size", values.get("micro_batch_size", 1), "as micro_batch_size")
-    if "chat_template_jinja" in values:
-        choose("chat_template", "jinja", "chat_template_jinja is given")
-    choose("use_wandb", "wandb_project" in values, "wandb_project is given" if "wandb_project" in values else "default")
-    return why
 
 
 def _yaml_value(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What values of a config mean together: what follows from an adapter, and what must not be, with the key to mend."""
+"""What values of a config mean together: what follows from others, and what must not be, with the key to mend."""
 
 from __future__ import annotations
 
@@ -11,6 +11,62 @@ from chronicals.config_yaml import KeyPath
 
 if TYPE_CHECKING:
     from chronicals.config import DatasetEntry, TrainConfig
+
+
+def fill(values: dict[str, Any], notes: list[str]) -> dict[str, str]:
+    """Set what follows from other keys, in place; returns key -> why for each value set. Values are as written yet."""
+    why: dict[str, str] = {}
+
+    def choose(key: str, value: Any, reason: str) -> None:
+        if key not in values:
+            values[key], why[key] = value, reason
+
+    has_eval = bool(values.get("val_set_size")) or "test_datasets" in values
+    if not has_eval and isinstance(values.get("evals_per_epoch"), int):  # many Axolotl files have it without a set
+        del values["evals_per_epoch"]
+        notes.append("evals_per_epoch has no effect: there is no evaluation set (val_set_size or test_datasets)")
+    if isinstance(share := values.get("warmup_steps"), float) and 0 < share < 1 and "warmup_ratio" not in values:
+        del values["warmup_steps"]
+        choose("warmup_ratio", share, "warmup_steps below 1 is a share of all steps")
+    if "save_steps" in values:
+        choose("save_strategy", "steps", "save_steps is given")
+    if values.get("save_strategy", "epoch") == "epoch":
+        choose("saves_per_epoch", 1, "at each epoch's end")
+    if "eval_steps" in values:
+        choose("eval_strategy", "steps", "eval_steps is given")
+    elif not has_eval:
+        choose("eval_strategy", "no", "no evaluation set")
+    if values.get("eval_strategy", "epoch") == "epoch":
+        choose("evals_per_epoch", 1, "at each epoch's end")
+    if values.get("adapter") is not None:
+        _fill_adapter(values, choose)
+    choose("eval_batch_size", values.get("micro_batch_size", 1), "as micro_batch_size")
+    if "chat_template_jinja" in values:
+        choose("chat_template", "jinja", "chat_template_jinja is given")
+    choose("use_wandb", "wandb_project" in values, "wandb_project is given" if "wandb_project" in values else "default")
+    return why
+
+
+def _fill_adapter(values: Mapping[str, Any], choose: Callable[[str, Any, str], None]) -> None:
+    """What an adapter is where its keys are left out."""
+    if values["adapter"] == "qlora":
+        choose("load_in_4bit", True, "adapter: qlora")
+    choose("lora_r", 16, "default of an adapter")
+    if isinstance(values["lora_r"], int):
+        choose("lora_alpha", 2 * values["lora_r"], "twice lora_r")
+    choose("lora_dropout", 0.0, "default of an adapter")
+    choose("lora_bias", "none", "default of an adapter")
+    if values.get("lora_modules_to_save"):
+        choose("peft_ensure_weight_tying", True, "default of an adapter")
+    if not values.get("lora_target_modules"):
+        choose("lora_target_linear", True, "no lora_target_modules")
+    choose("peft_use_rslora", False, "default of an adapter")
+    choose("peft_use_dora", False, "default of an adapter")
+    for key in ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"):
+        choose(key, True, "default of an adapter")
+    choose("learning_rate", 2e-4, "default of an adapter")
+    if values.get("optimizer") == "loraplus":
+        choose("loraplus_lr_ratio", 16.0, "optimizer: loraplus")
 
 
 def check(config: TrainConfig, names: Names, given: set[str]) -> None:
@@ -105,28 +161,6 @@ def _evaluation_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, b
             "remove one of them",
         ),
     ]
-
-
-def fill_adapter(values: Mapping[str, Any], choose: Callable[[str, Any, str], None]) -> None:
-    """What an adapter is where its keys are left out."""
-    if values["adapter"] == "qlora":
-        choose("load_in_4bit", True, "adapter: qlora")
-    choose("lora_r", 16, "default of an adapter")
-    if isinstance(values["lora_r"], int):
-        choose("lora_alpha", 2 * values["lora_r"], "twice lora_r")
-    choose("lora_dropout", 0.0, "default of an adapter")
-    choose("lora_bias", "none", "default of an adapter")
-    if values.get("lora_modules_to_save"):
-        choose("peft_ensure_weight_tying", True, "default of an adapter")
-    if not values.get("lora_target_modules"):
-        choose("lora_target_linear", True, "no lora_target_modules")
-    choose("peft_use_rslora", False, "default of an adapter")
-    choose("peft_use_dora", False, "default of an adapter")
-    for key in ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"):
-        choose(key, True, "default of an adapter")
-    choose("learning_rate", 2e-4, "default of an adapter")
-    if values.get("optimizer") == "loraplus":
-        choose("loraplus_lr_ratio", 16.0, "optimizer: loraplus")
 
 
 def _adapter_rules(config: TrainConfig, given: set[str]) -> list[tuple[str, bool, str, str]]:
