@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chronicals.kernels.adamw import AdamWSlot
-from chronicals.kernels.fused import adamw, grad_norm
+from chronicals.kernels.fused import adamw_update, grad_norm
 from tests.kernels.aot import TARGETS, compile_all
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -19,9 +19,9 @@ SIGNATURE = TABLES | SCALARS | {"RATES": "*fp32", "STREAMS": "*i32", "SEED": "*i
 
 def compiled(weight: torch.dtype, state: str, master: bool, grad: torch.dtype, *, targets: object, **options: bool):  # type: ignore[no-untyped-def]
     slot = AdamWSlot.of(torch.zeros(16, dtype=weight), state=state, master=master)
-    constexprs = adamw.constexprs(slot, grad, betas=(0.9, 0.999), eps=1e-8, **options)
+    constexprs = adamw_update.constexprs(slot, grad, betas=(0.9, 0.999), eps=1e-8, **options)
     return compile_all(
-        adamw.adamw_kernel, SIGNATURE, constexprs, num_warps=adamw.num_warps(slot, grad), targets=targets
+        adamw_update.adamw_kernel, SIGNATURE, constexprs, num_warps=adamw_update.num_warps(slot, grad), targets=targets
     )
 
 
@@ -60,7 +60,10 @@ def test_the_rest_for_one(weight: torch.dtype, state: str, master: bool, grad: t
 def test_scalars() -> None:
     signature = dict.fromkeys(("LR", "CLIP", "STEP"), "*fp32:1") | {"SCALARS": "*fp32"}
     compile_all(
-        adamw.adamw_scalars_kernel, signature, adamw.scalar_constexprs(betas=(0.9, 0.999), coded=True), num_warps=1
+        adamw_update.adamw_scalars_kernel,
+        signature,
+        adamw_update.scalar_constexprs(betas=(0.9, 0.999), coded=True),
+        num_warps=1,
     )
 
 
