@@ -178,7 +178,8 @@ class Ours(Arm):
         return matmul_sides(lambda: self.run.micro(batch))
 
     def facts(self) -> dict[str, str]:
-        return self.chosen
+        offload = self.model.offload
+        return self.chosen | ({} if offload is None else {"host memory": f"{offload.host_bytes / 2**30:.1f} GiB"})
 
 
 def judged(

@@ -26,9 +26,7 @@ from chronicals.errors import UserError
 
 LARGE = 2**22  # bytes from which on memory is worth a copy
 CHUNK = 2**28  # bytes of page-locked memory taken at once; a power of 2, to which torch rounds them
-ON_THE_WAY = (
-    4  # copies to the host that may not have ended before the next one, two layers': what they read is not free
-)
+ON_THE_WAY = 4  # copies to the host, two layers', that need not have ended when the next begins; what they read is held
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,11 @@ class Offload:
         self._chunks: list[Tensor] = []
         self._pass = 0
         self.start()
+
+    @property
+    def host_bytes(self) -> int:
+        """Of page-locked memory."""
+        return sum(chunk.nbytes for chunk in self._chunks)
 
     def start(self) -> None:
         """A new forward pass; what an earlier one handed over is lost."""

@@ -106,9 +106,10 @@ def test_a_second_step_takes_no_more_memory() -> None:
     model.set_offload()
     first, used = gradients(model), model.offload
     assert used is not None
-    chunks = [chunk.data_ptr() for chunk in used._chunks]
+    held = used.host_bytes
+    assert used._used <= held < used._used + 1000
     assert equal(gradients(model), first)
-    assert [chunk.data_ptr() for chunk in used._chunks] == chunks
+    assert used.host_bytes == held
 
 
 def test_a_full_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
