@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.harness import Arm, Call, Case, assert_no_worse, relative_error
-from chronicals.kernels.attention import AttentionBackend, TorchVarlen, varlen_attention_reference
+from chronicals.kernels.attention import TorchVarlen, varlen_attention_reference
+from chronicals.kernels.attention_backend import AttentionBackend
 from chronicals.kernels.fused.attention import FlashAttention4, backend_for, is_installed
 
 BF16 = torch.bfloat16

@@ -8,38 +8,27 @@ Query head h reads key/value head h // (Nq / Nk) (grouped-query attention). Boun
 length 0 (the unused, repeated entries) are allowed anywhere. Every row must belong to a document: a row outside all
 of them would be written by no backend.
 
-A backend is called like `varlen_attention`, with gradients; layer halves, which write their backward by hand, call its
-`forward` and `backward`. `TorchVarlen` is torch's FlashAttention-2, `PerDocument` one `scaled_dot_product_attention`
-per document for everything else; FlashAttention-4 is in `fused/attention.py`. A backend is chosen once, and what it
-cannot do is an error that names one that can. Why no backend reads or writes the scores: docs/math/attention.md.
-Left out: dropout, bidirectional attention.
+Of the backends (attention_backend.py) `TorchVarlen` is torch's FlashAttention-2, `PerDocument` one
+`scaled_dot_product_attention` per document for everything else; FlashAttention-4 is in `fused/attention.py`. Why no
+backend reads or writes the scores: docs/math/attention.md. Left out: dropout, bidirectional attention.
 """
 
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from chronicals.kernels import attention_cpu
+from chronicals.kernels.attention_backend import AttentionBackend, Options, no_rows
 from chronicals.kernels.attention_cpu import visible
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-class Options(TypedDict, total=False):
-    """What may differ between layers; see `varlen_attention`."""
-
-    window: int | None
-    softcap: float | None
-    scale: float | None
 
 
 def varlen_attention_reference(
@@ -115,98 +104,6 @@ def _document_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: f
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not banded, scale=scale, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1)
-
-
-class AttentionBackend(ABC):
-    """One way to compute `varlen_attention`; called like it, with gradients.
-
-    `forward` and `backward` are its halves without autograd, for whoever writes the backward pass by hand. Both take
-    strided views whose last stride is 1, such as parts of one packed qkv buffer.
-    """
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, **options: Unpack[Options]
-    ) -> Tensor:
-        out: Tensor = _Attention.apply(q, k, v, cu_seqlens, max_seqlen, self, options)
-        return out
-
-    @abstractmethod
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        *,
-        out: Tensor | None = None,
-        **options: Unpack[Options],
-    ) -> tuple[Tensor, Tensor]:
-        """-> out (T, Nq, D), and lse (Nq, T) float32 (float64 for float64): the logarithm of each row's sum of
-        exp(s_ij).
-
-        Args:
-            out: where to write it, a token's heads side by side. None: a new one, contiguous.
-
-        Raises:
-            ValueError: this backend cannot; the message names one that can.
-        """
-
-    @abstractmethod
-    def backward(
-        self,
-        d_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        **options: Unpack[Options],
-    ) -> None:
-        """Writes every row of dq (T, Nq, D) and dk, dv (T, Nk, D): views of a buffer of the caller's, never of q, k, v.
-
-        d_out (T, Nq, D) is contiguous; out and lse are what `forward` returned.
-        """
-
-
-def no_rows(q: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `AttentionBackend.forward` returns for a batch without rows, which libraries refuse or crash on."""
-    return q.new_empty(q.shape) if out is None else out, q.new_empty(q.shape[1], 0, dtype=torch.float32)
-
-
-class _Attention(torch.autograd.Function):
-    """A backend under autograd."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        backend: AttentionBackend,
-        options: Options,
-    ) -> Tensor:
-        out, lse = backend.forward(q, k, v, cu_seqlens, max_seqlen, **options)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.max_seqlen, ctx.backend, ctx.options = max_seqlen, backend, options
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        grads = q.new_empty(len(q), q.shape[1] + 2 * k.shape[1], q.shape[2])
-        dq, dk, dv = grads.split((q.shape[1], k.shape[1], k.shape[1]), dim=1)
-        arguments = (q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, dq, dk, dv)
-        ctx.backend.backward(d_out.contiguous(), *arguments, **ctx.options)
-        return dq, dk, dv, None, None, None, None
 
 
 class PerDocument(AttentionBackend):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from chronicals.kernels import column_sums, dora, embedding, glu, lora, lora_thin, nf4, rmsnorm, rope
-from chronicals.kernels.attention import AttentionBackend, ByDevice
+from chronicals.kernels.attention import ByDevice
+from chronicals.kernels.attention_backend import AttentionBackend
 from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.linear_cross_entropy import linear_cross_entropy
 from chronicals.kernels.lora import LoRADropout

@@ -9,14 +9,13 @@ import torch
 from torch.nn import functional as F
 
 from chronicals.kernels.attention import (
-    AttentionBackend,
     PerDocument,
     TorchVarlen,
-    _Attention,
     plain_backend,
     varlen_attention,
     varlen_attention_reference,
 )
+from chronicals.kernels.attention_backend import AttentionBackend, _Attention
 from chronicals.kernels.attention_cpu import Padded
 from tests.kernels.numerics import assert_matches, nan_filled_memory, relative_error
 

@@ -20,7 +20,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from chronicals.kernels.attention import HALF, AttentionBackend, Options, no_rows, plain_backend
+from chronicals.kernels.attention import HALF, plain_backend
+from chronicals.kernels.attention_backend import AttentionBackend, Options, no_rows
 from chronicals.kernels.fused.importing import import_in_thread, kernel_cache, quack_without_its_kernels
 
 LONGEST_HEAD = 128  # elements; its backward takes no longer ones on Hopper

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from chronicals.kernels.attention import AttentionBackend, PerDocument, TorchVarlen, varlen_attention_reference
+from chronicals.kernels.attention import PerDocument, TorchVarlen, varlen_attention_reference
+from chronicals.kernels.attention_backend import AttentionBackend
 from chronicals.kernels.fused.attention import FlashAttention4, backend_for, is_installed
 from tests.kernels.numerics import relative_error, torch_deterministic
 
