@@ -277,7 +277,7 @@ class TrainConfig(_Strict):
     """What layers keep for backward waits in the host's page-locked memory, beside the work; `recompute` says what that
     is. On a GPU."""
     activation_offloading_layers: Count | None = None
-    """How many layers do so, evenly spread (default all but the last)."""
+    """How many of the layers that do as `recompute` says, evenly spread (default all but the last)."""
     cuda_graph: Literal["auto"] | bool = "auto"
     """Record the step once and replay it; `auto`: where it can be."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

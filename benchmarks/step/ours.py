@@ -48,8 +48,11 @@ from chronicals.train.precision import resolve_ops
 from chronicals.train.step import to_device
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # of a gradient's norm, against transformers in float32
-STAY, LIGHT = 6, 1  # layers of a work for least memory: what so many keep is on the device, as the link to the host is
-# busy enough; the last of them, backward's first, compute nothing again but what is elementwise
+STAY, LIGHT = (
+    5,
+    1,
+)  # layers of a work for least memory: what so many keep stays on the device, as the link to the host is
+# busy enough; so many more, the last, compute nothing again but what is elementwise
 ROUNDED = 1.5  # times transformers' own distance in the same dtype
 
 
@@ -119,7 +122,7 @@ class Ours(Arm):
     def _set_memory(self, options: Mapping[str, str], layers: int) -> str:
         """Says what is computed again and what waits on the host, and tells it."""
         if self.work.least_memory and "recompute" not in options:
-            again, offloaded = max(1, layers - LIGHT), max(1, layers - STAY)
+            again, offloaded = max(1, layers - LIGHT), max(1, layers - LIGHT - STAY)
             self.model.set_recompute("mlp", again)
             self.model.set_offload(offloaded)
             return f"mlp in {again} of {layers} layers, {offloaded} offloaded"

@@ -140,25 +140,27 @@ class Decoder(nn.Module):
         # Hugging Face names of parts of a trained parameter that stay as they are: biases of k beside trained ones of q
         self.frozen_parts: frozenset[str] = frozenset()
         self.offload: Offload | None = None
+        self._recomputing = config.num_hidden_layers  # how many layers do as `set_recompute` says
         self._placing: tuple[Callable[[], None], ...] | None = None  # made at the first forward pass
 
     def set_recompute(self, policy: Recompute, layers: int | None = None) -> None:
         """What backward computes again instead of keeping it (see layer.py): in the first `layers` layers, or in all;
         "light" in the others."""
+        self._recomputing = len(self.layers) if layers is None else min(layers, len(self.layers))
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            layer.recompute = policy if layers is None or index < layers else "light"
+            layer.recompute = policy if index < self._recomputing else "light"
 
     def set_offload(self, layers: int | None = None) -> None:
-        """What so many layers, or all, keep for backward is in the host's memory meanwhile (offload.py), but for the
-        last layer, which goes backward next. The others that stay on the device lie evenly between, so that copies
-        which take longer than a layer's forward pass have time to catch up."""
-        count = len(self.layers)
-        stay = 1 if layers is None else max(1, count - layers)
+        """What so many layers, or all, keep for backward is in the host's memory meanwhile (offload.py): of those that
+        do as `set_recompute` says, and not the last of the model, which goes backward next. Layers between that stay on
+        the device lie evenly, so that copies which take longer than a layer's forward pass have time to catch up."""
+        count = self._recomputing
+        stay = max(0 if layers is None else count - layers, int(count == len(self.layers)))
         self.offload = Offload(self.head_weight.device) if stay < count else None
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            layer.offloads = (index + 1) * stay // count == index * stay // count
+            layer.offloads = index < count and (index + 1) * stay // count == index * stay // count
 
     @property
     def head_weight(self) -> nn.Parameter:

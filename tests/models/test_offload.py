@@ -89,6 +89,14 @@ def test_layers_that_stay_are_spread_evenly(layers: int, leaving: list[int]) -> 
     assert (model.offload is None) == (not leaving)
 
 
+def test_light_layers_behind_those_that_recompute_stay_too() -> None:
+    model = Decoder(ModelConfig.from_hf(SIZES | {"model_type": "llama", "num_hidden_layers": 6}), REFERENCE)
+    model.set_recompute("mlp", 4)
+    for layers, leaving in ((None, [0, 1, 2, 3]), (4, [0, 1, 2, 3]), (3, [0, 1, 2]), (2, [0, 2]), (0, [])):
+        model.set_offload(layers)
+        assert [index for index, layer in enumerate(model.layers) if layer.offloads] == leaving
+
+
 def test_it_is_the_host_that_backward_reads() -> None:
     model = model_of("llama", adapter=True)
     model.set_offload()
