@@ -64,7 +64,8 @@ class JoinedLoRA(LoRAProjection):
     scales: Tensor | None
     joins_glu = True
     joins_glu_grad = True
-    beside = True  # whether the class can do so at all
+    t_wider: int | None = WIDER  # times, from which on t is made beside y; None: never
+    u_wider: int | None = WIDER  # the same for u, beside dx
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)
@@ -77,14 +78,14 @@ class JoinedLoRA(LoRAProjection):
         self.rank = starts[-1]
         self.in_room = self.out_room = -(-self.rank // ROOM) * ROOM
         rows, columns = self.weight.shape
-        self.t_beside = self.bias is None and self._fits_beside(rows, columns)
-        self.u_beside = self._fits_beside(columns, rows)
+        self.t_beside = self.bias is None and self._fits_beside(rows, columns, self.t_wider)
+        self.u_beside = self._fits_beside(columns, rows, self.u_wider)
         self._join()
         self._scale_ranks()
 
-    def _fits_beside(self, narrow: int, wide: int) -> bool:
+    def _fits_beside(self, narrow: int, wide: int, wider: int | None) -> bool:
         """Whether thin columns beside an output that is `narrow` cost less than a pass over an input that is `wide`."""
-        return self.beside and wide >= WIDER * narrow and -narrow % TILE >= self.in_room
+        return wider is not None and wide >= wider * narrow and -narrow % TILE >= self.in_room
 
     def _scale_ranks(self) -> None:
         """One factor for all ranks, or one each, float32 whatever the dtype of the rest."""

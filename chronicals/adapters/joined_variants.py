@@ -3,12 +3,13 @@
 Dropout: forward is joined as ever, with t made from masked inputs. In backward each mask is on the outer side of its
 product, so that
 
-    dx = dy W, then += sum_i M_i (u_i A_i)          dA_i = u_i' (M_i x)          u = s dy B
+    [dx | v] = dy [W, B], then dx += sum_i s_i M_i (v_i A_i)          dA_i = s_i v_i' (M_i x)
 
-whose second half is one pass over x and dx. Where x is a GLU's product, that pass makes it from gate and up and leaves
-their gradient. It makes it even where forward's is kept, by the GLU's own formula: on Hopper forward's, which came out
-of a matmul's kernel, differs from it in last bits, and what is kept must not show in the gradients. In evaluation mode
-it is `JoinedLoRA`.
+whose second half is one pass over x and dx; where the tiles of the first matmul have no columns to spare, v is a thin
+one of its own. Where x was normed, what the norm read is enough (joined.py). Where x is a GLU's product, that pass
+makes it from gate and up and leaves their gradient. It makes it even where forward's is kept, by the GLU's own formula:
+on Hopper forward's, which came out of a matmul's kernel, differs from it in last bits, and what is kept must not show
+in the gradients. In evaluation mode it is `JoinedLoRA`.
 
 DoRA: y = c z + b, z what is joined, c = m / |W + s B A| worked out at the start of each micro-batch (`scaled_rows`).
 Backward needs y, or makes z again with one more matmul, and writes dz = c dy over it, with the room behind that u
@@ -17,7 +18,7 @@ q, k and v has turned, and a bias that is much larger would have rounded z away 
 
 Left out: DoRA with dropout, which is a second matmul of full size in PEFT: unfused.py.
 
-Shapes: T tokens, R the sum of the ranks, rounded up.
+Shapes: T tokens, R the sum of the ranks, rounded up; v (T, R).
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from chronicals.models.projection import GLU, Projection, widened, with_room
 class JoinedDropout(JoinedLoRA):
     """`JoinedLoRA` with dropout of its adapters' inputs while training."""
 
-    beside = False
-    takes_unnormed = False
+    t_wider = None  # it is of masked inputs
+    u_wider = 0  # a pass adds to dx anyway
     takes_unglued = True
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
@@ -85,31 +86,62 @@ class JoinedDropout(JoinedLoRA):
     ) -> Tensor | None:
         if not self.drops:
             return super().backward(d_out, x, kept, gradients, y=y, read=read)
-        assert self.dropout is not None and kept is not None
-        if read:
-            d_x = d_out @ self.grad_operands(d_out)[1][: len(self.weight)]
-        else:
-            self.fill_grad_room(d_out)
-            d_x = x.new_empty(x.shape)  # the gradients of A come out beside it
-        partials = self.masked.up_(d_x, x, *self._masked_operands(d_out), self.dropout.counter)
-        self._weight_grads(partials, d_out, kept, gradients)
-        return d_x if read else None
+        assert kept is not None
+        return self._masked_backward(d_out, x, kept, gradients, read=read)
 
-    def _masked_operands(self, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        """u (T, R), where it is behind d_out already, and all A, stacked (R, in)."""
+    def backward_unnormed(
+        self,
+        d_out: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        norm: Tensor,
+        kept: Tensor,
+        gradients: WeightGradients,
+        *,
+        read: bool = True,
+    ) -> Tensor | None:
+        if not self.drops:
+            return super().backward_unnormed(d_out, x, rstd, norm, kept, gradients, read=read)
+        return self._masked_backward(d_out, x, kept, gradients, read=read, rstd=rstd, norm=norm)
+
+    def _masked_backward(
+        self,
+        d_out: Tensor,
+        x: Tensor,
+        kept: Tensor,
+        gradients: WeightGradients,
+        *,
+        read: bool,
+        rstd: Tensor | None = None,
+        norm: Tensor | None = None,
+    ) -> Tensor | None:
+        assert self.dropout is not None
+        d_x, v, a = self._through_weight(d_out, read=read)
+        partials = self.masked.up_(d_x, x, v, a, self.dropout.counter, rstd=rstd, norm=norm)
+        self._weight_grads(partials, d_out, kept, gradients)
+        return d_x
+
+    def _through_weight(self, d_out: Tensor, *, read: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+        """dy W (T, in), where that is `read`; v = dy B (T, R); and all A, stacked (R, in)."""
         rows, columns = self.weight.shape
-        return widened(d_out, self.out_room)[:, rows:], self.joined[rows:, :columns]
+        joined = self.whole(weight=read)
+        if read and self.u_beside:
+            d_x, v = (d_out @ joined[:rows]).split((columns, self.in_room), dim=1)
+            return d_x, v, joined[rows:, :columns]
+        v = d_out.new_empty(len(d_out), self.in_room)
+        self.ops.lora_up_backward(d_out, joined[:rows, columns:], self.blocks, alpha=1.0, out=v)
+        return d_out @ joined[:rows, :columns] if read else None, v, joined[rows:, :columns]
 
     def _weight_grads(self, partials: Tensor, d_out: Tensor, kept: Tensor, gradients: WeightGradients) -> None:
         """The gradients of its parameters; `partials` (R, parts, in): of all A."""
         for block, (_, a, _) in zip(self.blocks, self.adapters(), strict=True):
             if a.requires_grad:
                 gradients.sum(a, partials[block.ranks], self.ops.reduce_partials)
-        u, none = self._masked_operands(d_out)[0], [None] * len(self.blocks)
 
         def write(buffers: Sequence[Tensor | None], add: bool) -> None:
-            # in x's place is what is at hand: it is read for dA alone
-            self.ops.lora_grads(d_out, u, d_out, kept, self.blocks, none, buffers, add=add)
+            # in the places of u and x is what is at hand: they are read for dA alone
+            none = [None] * len(self.blocks)
+            self.ops.lora_grads(d_out, kept, d_out, kept, self.blocks, none, buffers, add=add)
 
         gradients.together([b for _, _, b in self.adapters()], write)
         self.bias_grad(d_out, gradients)
@@ -130,9 +162,10 @@ class JoinedDropout(JoinedLoRA):
             super().glu_backward(d_out, gate_up, glu, product, kept, gradients, d_gate_up=d_gate_up, y=y)
             return
         assert self.dropout is not None and kept is not None
-        d_product = d_out @ self.grad_operands(d_out)[1][: len(self.weight)]
+        d_product, v, a = self._through_weight(d_out)
+        assert d_product is not None
         partials = self.masked.up_glu(
-            d_product, gate_up, glu.activation, *self._masked_operands(d_out), self.dropout.counter, d_gate_up=d_gate_up
+            d_product, gate_up, glu.activation, v, a, self.dropout.counter, d_gate_up=d_gate_up
         )
         self._weight_grads(partials, d_out, kept, gradients)
 
@@ -150,7 +183,7 @@ class JoinedDoRA(JoinedLoRA, DoRAProjection):
     """
 
     joins_glu = False
-    beside = False
+    t_wider = u_wider = None
     takes_unnormed = False
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:

@@ -120,7 +120,7 @@ class Part:
 class LoRADropout:
     """Dropout of the inputs of a fused projection's adapters, made once, called in forward and in backward.
 
-        t_i = s_i (M_i x) A_i^T        dx += sum_i M_i (u_i A_i)        dA_i = u_i^T (M_i x)
+        t_i = s_i (M_i x) A_i^T        dx += sum_i M_i (s_i v_i A_i)        dA_i = s_i v_i^T (M_i x)        v = dy B
 
     with M_i the mask of adapter i times 1 / (1 - p). Both halves draw the same masks from `counter`, the number of the
     micro-batch, int64 on the device, () or (1,).
@@ -156,13 +156,25 @@ class LoRADropout:
                 thin[:, rows] = t * (part.scale * self.factor)
         return out
 
-    def up_(self, dx: Tensor, x: Tensor, u: Tensor, a: Tensor, counter: Tensor) -> Tensor:
+    def up_(
+        self,
+        dx: Tensor | None,
+        x: Tensor,
+        v: Tensor,
+        a: Tensor,
+        counter: Tensor,
+        *,
+        rstd: Tensor | None = None,
+        norm: Tensor | None = None,
+    ) -> Tensor:
         """Adds to `dx`, the gradient of x without its adapters, what comes through them.
 
         Args:
-            dx: (T, K), any row stride; changed in place.
+            dx: (T, K), any row stride; changed in place. None: nobody reads it.
             x, a, counter: as `down` had them.
-            u: (T, R), any row stride: the gradient of (x A^T), s dy B.
+            v: (T, R), any row stride: the gradient of y times B, dy B; u = s v.
+            rstd: (T,) float32, with `norm` (K,): x is what a norm of that weight read, and `down` had `x rstd norm`.
+                The gradient of A is then made as `u' (M (x rstd norm)) = ((rstd u)' (M x)) norm`.
 
         Returns:
             (R, parts, K) float32 (float64 for float64): the gradient of A in parts, for `reduce_partials`; rows of no
@@ -170,12 +182,18 @@ class LoRADropout:
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         partials = torch.zeros(a.shape[0], 1, a.shape[1], dtype=wide, device=x.device)
-        total = dx.to(wide)
+        total = None if dx is None else dx.to(wide)
         for part, rows in self._rows():
-            keep = self._mask(x, part, counter)
-            total = total + (u[:, rows] @ a[rows]).to(wide) * keep * self.factor
-            partials[rows, 0] = (u[:, rows].t() @ (x * keep)).to(wide) * self.factor
-        dx.copy_(total)
+            keep, scale, thin = self._mask(x, part, counter), part.scale * self.factor, v[:, rows]
+            if total is not None:
+                total = total + (thin @ a[rows]).to(wide) * keep * scale
+            if rstd is not None:
+                thin = (thin * rstd[:, None]).to(v.dtype)
+            partials[rows, 0] = (thin.t() @ (x * keep)).to(wide) * scale
+        if norm is not None:
+            partials *= norm
+        if dx is not None and total is not None:
+            dx.copy_(total)
         return partials
 
     def up_glu(
@@ -183,7 +201,7 @@ class LoRADropout:
         d: Tensor,
         gate_up: Tensor,
         activation: str,
-        u: Tensor,
+        v: Tensor,
         a: Tensor,
         counter: Tensor,
         *,
@@ -195,13 +213,13 @@ class LoRADropout:
             d: (T, K), as `up_` has dx; overwritten.
             gate_up: (T, 2K), the GLU's input: gate, then up.
             activation: the GLU's, see `glu`.
-            u, a, counter: as in `up_`.
+            v, a, counter: as in `up_`.
             d_gate_up: (T, 2K), written with the gradient of `gate_up`; may be `gate_up`.
 
         Returns:
             As `up_`.
         """
-        partials = self.up_(d, self.passes.glu_forward(gate_up, activation), u, a, counter)
+        partials = self.up_(d, self.passes.glu_forward(gate_up, activation), v, a, counter)
         self.passes.glu_backward(d, gate_up, activation, d_gate_up=d_gate_up)
         return partials
 

@@ -98,10 +98,14 @@ def test_dropout_is_autograds() -> None:
     x, a = x.detach(), a.detach()
     out = op.down(x, a, counter, out=torch.full((9, 6), 7.0, dtype=torch.float64))
     torch.testing.assert_close(out, exact.detach(), rtol=1e-13, atol=1e-13)
-    u = d_t.clone()
-    for part in parts:
-        u[:, part.start : part.start + part.rank] *= part.scale
     dx = given.clone()
-    partials = op.up_(dx, x, u, a, counter)
+    partials = op.up_(dx, x, d_t, a, counter)
     torch.testing.assert_close(dx, given + d_x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(partials.sum(1), d_a, rtol=1e-12, atol=1e-12)
+    assert torch.equal(op.up_(None, x, d_t, a, counter), partials)
+
+    rstd, norm = torch.rand(9, dtype=torch.float64) + 0.5, torch.randn(20, dtype=torch.float64)
+    again = given.clone()
+    partials = op.up_(again, x / rstd[:, None] / norm, d_t, a, counter, rstd=rstd, norm=norm)
+    assert torch.equal(again, dx)
     torch.testing.assert_close(partials.sum(1), d_a, rtol=1e-12, atol=1e-12)

@@ -59,13 +59,13 @@ def keeps(
 
 
 @triton.jit
-def _piece(PIECES: tl.tensor, n: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
-    """First row of A, rows, stream, and the threshold in the upper half of a word."""
+def _piece(PIECES: tl.tensor, SCALES: tl.tensor, n: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
+    """First row of A, rows, stream, the threshold in the upper half of a word, and the scale."""
     at = PIECES + 4 * n
     start, rank = tl.load(at), tl.load(at + 1)
     if ALIGNED:
         start, rank = tl.multiple_of(start, 8), tl.multiple_of(rank, 8)
-    return start, rank, tl.load(at + 2), tl.load(at + 3).to(tl.uint32) << 16
+    return start, rank, tl.load(at + 2), tl.load(at + 3).to(tl.uint32) << 16, tl.load(SCALES + n)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def lora_dropout_down_kernel(
     row = tl.arange(0, ROWS)[:, None]
     here = row < tokens - first
     seed, counter = tl.load(SEED), tl.load(COUNTER).to(tl.int32)
-    start, rank, stream, limit = _piece(PIECES, piece, ALIGNED)
+    start, rank, stream, limit, scale = _piece(PIECES, SCALES, piece, ALIGNED)
     first_call = (first + row) * tl.cdiv(columns, _LANES) + tl.arange(0, COLUMNS // _LANES)[None, :]
     X += first.to(tl.int64) * x_stride
     total = tl.zeros((ROWS, RANK), tl.float32)
@@ -123,13 +123,13 @@ def lora_dropout_down_kernel(
         a = _load_a(A, start, rank, column, columns, a_stride, RANK)
         keep = keeps(first_call + begin // _LANES, stream, counter, seed, limit)
         total = tl.dot(tl.where(keep, x, 0.0).to(x.dtype), tl.trans(a), total, input_precision="ieee")
-    total *= tl.load(SCALES + piece)
+    total *= scale
     _store_thin(total, OUT, out_stride, first, start, rank, here)
     if COPY is not None:
         _store_thin(total, COPY, copy_stride, first, start, rank, here)
 
 
-# Tensor cores leave a thread two columns of each eight, of a row and of the eighth behind it. u's rows and A's columns
+# Tensor cores leave a thread two columns of each eight, of a row and of the eighth behind it. v's rows and A's columns
 # are read in another order, so that a thread gets eight columns in a row: those that it has loaded of x and dx, and
 # whose masks it draws. Of 16 WARPS rows: (warp, half, 8) in the sum, (half, warp, 8) in the tile; of 32 columns
 # (four, thread, two) and (thread, four, two). Hardware that does it otherwise is right too, and slower.
@@ -162,40 +162,45 @@ def _as_in_tile(total: tl.tensor, WARPS: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _up(
-    d_a: tl.tensor, dx: tl.tensor, x: tl.tensor, a: tl.tensor, u_at: tl.tensor, here: tl.tensor, piece: tl.tensor,
-    call: tl.tensor, counter: tl.tensor, seed: tl.tensor, RANK: tl.constexpr, WARPS: tl.constexpr, FIRST: tl.constexpr,
+    d_a: tl.tensor, dx: tl.tensor, x: tl.tensor, a: tl.tensor, v_at: tl.tensor, here: tl.tensor, rstd: tl.tensor,
+    piece: tl.tensor, call: tl.tensor, counter: tl.tensor, seed: tl.tensor, RANK: tl.constexpr, WARPS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Adds one piece's shares: of its A's gradient (columns, ranks), or across, where there is an x, and of dx where
-    there is an a, both times the probability of keeping."""
-    start, rank, stream, limit = piece
+    """Adds one piece's shares: of dx where there is an a, and of its A's gradient (columns, ranks), or across, where
+    there is an x; the latter without its scale."""
+    start, rank, stream, limit, scale = piece
     at = tl.arange(0, RANK)[None, :]
-    u = tl.load(u_at + (start + at), mask=here & (at < rank), other=0.0)
+    v = tl.load(v_at + (start + at), mask=here & (at < rank), other=0.0)
     keep = keeps(call, stream, counter, seed, limit)
     if a is not None:
-        product = tl.dot(u, a, input_precision="ieee")
+        product = tl.dot(v, a, input_precision="ieee")
         if WARPS:
             product = _as_in_tile(product, WARPS)
-        product = tl.where(keep, product, 0.0)
-        dx = product if FIRST else dx + product
+        dx = tl.where(keep, dx + product * scale, dx)
     if x is not None:
+        if rstd is not None:
+            v = (v.to(tl.float32) * rstd).to(v.dtype)
         masked = tl.where(keep, x, 0.0).to(x.dtype)
         if a is not None and WARPS:
             masked = _rows_as_summed(masked, WARPS)
         if x.shape[1] >= 64:  # a warp group's tensor cores make 64 rows of a sum
-            d_a = tl.dot(tl.trans(masked), u, d_a, input_precision="ieee")
+            d_a = tl.dot(tl.trans(masked), v, d_a, input_precision="ieee")
         else:
-            d_a = tl.dot(tl.trans(u), masked, d_a, input_precision="ieee")
+            d_a = tl.dot(tl.trans(v), masked, d_a, input_precision="ieee")
     return d_a, dx
 
 
 @triton.jit
 def _store_partial(
-    d_a: tl.tensor, PARTIAL: tl.tensor, piece: tl.tensor, column: tl.tensor, columns: tl.tensor, RANK: tl.constexpr
+    d_a: tl.tensor, PARTIAL: tl.tensor, NORM: tl.tensor, piece: tl.tensor, column: tl.tensor, columns: tl.tensor,
+    RANK: tl.constexpr,
 ) -> None:  # fmt: skip
-    start, rank, _, _ = piece
+    start, rank, _, _, scale = piece
     row = tl.arange(0, RANK)[:, None]
     if column.shape[1] >= 64:
         d_a = tl.trans(d_a)
+    d_a *= scale
+    if NORM is not None:
+        d_a *= tl.load(NORM + column, mask=column < columns, other=0.0).to(tl.float32)
     place = ((start + row).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * columns + column
     tl.store(PARTIAL + place, d_a, mask=(row < rank) & (column < columns))
 
@@ -206,19 +211,21 @@ def lora_dropout_up_kernel(
     # None, for A's gradients alone: a program then has one piece
     X: tl.tensor,  # (tokens, columns), last stride 1; with an ACTIVATION (tokens, 2 columns): gate, then up
     D_X: tl.tensor,  # with an ACTIVATION: of the shape of X, may be X, the gradient of gate and up; else None
-    U: tl.tensor,  # (tokens, ranks), last stride 1
+    V: tl.tensor,  # (tokens, ranks), last stride 1
     A: tl.tensor,  # (ranks, columns), last stride 1
+    RSTD: tl.tensor,  # (tokens,) float32, of rows of V for A's gradients; or None
+    NORM: tl.tensor,  # (columns,), of A's gradients; or None
     PARTIAL: tl.tensor,  # (ranks, parts, columns) float32: of A's gradient; or None, for dx alone
     PIECES: tl.tensor,  # (pieces, 4) int32: first row of A, rows, stream, threshold
+    SCALES: tl.tensor,  # (pieces,) float32
     SEED: tl.tensor,  # (1,) int64
     COUNTER: tl.tensor,  # (1,) int64
-    factor: tl.tensor,  # 1 / the probability of keeping
     tokens: tl.tensor,
     columns: tl.tensor,
     dx_stride: tl.tensor,
     x_stride: tl.tensor,
     d_x_stride: tl.tensor,
-    u_stride: tl.tensor,
+    v_stride: tl.tensor,
     a_stride: tl.tensor,
     ACTIVATION: tl.constexpr,  # None: X is x
     N_PIECES: tl.constexpr,  # of a program
@@ -235,9 +242,9 @@ def lora_dropout_up_kernel(
     seed, counter = tl.load(SEED), tl.load(COUNTER).to(tl.int32)
     calls = tl.cdiv(columns, _LANES)
     first_call = row * calls + tl.program_id(0) * (COLUMNS // _LANES) + tl.arange(0, COLUMNS // _LANES)[None, :]
-    piece0 = _piece(PIECES, tl.program_id(2), ALIGNED)
-    piece1 = _piece(PIECES, 1 if N_PIECES > 1 else 0, ALIGNED)
-    piece2 = _piece(PIECES, 2 if N_PIECES > 2 else 0, ALIGNED)
+    piece0 = _piece(PIECES, SCALES, tl.program_id(2), ALIGNED)
+    piece1 = _piece(PIECES, SCALES, 1 if N_PIECES > 1 else 0, ALIGNED)
+    piece2 = _piece(PIECES, SCALES, 2 if N_PIECES > 2 else 0, ALIGNED)
     turn = row
     a0, a1, a2 = None, None, None
     if DX is not None:
@@ -258,7 +265,8 @@ def lora_dropout_up_kernel(
     for begin in tl.range(tl.program_id(1) * ROWS, tokens, tl.num_programs(1) * ROWS, num_stages=STAGES):
         first = tl.full((), 0, tl.int64) + begin
         mask = (row < tokens - begin) & (column < columns)
-        x = None
+        x, rstd, dx = None, None, 0.0
+        call, here = first_call + begin * calls, turn < tokens - begin
         if PARTIAL is not None:
             x_at = (X + first * x_stride) + (row * x_stride + column)
             x = tl.load(x_at, mask=mask, other=0.0)
@@ -266,18 +274,19 @@ def lora_dropout_up_kernel(
                 up = tl.load(x_at + columns, mask=mask, other=0.0).to(tl.float32)
                 value, slope = activate(x.to(tl.float32), ACTIVATION)
                 x = (value * up).to(x.dtype)
+            if RSTD is not None:
+                rstd = tl.load(RSTD + first + turn, mask=here, other=0.0)
         if DX is not None:
             out = (DX + first * dx_stride) + (row * dx_stride + column)
-            given = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-        call, here = first_call + begin * calls, turn < tokens - begin
-        u_at = (U + first * u_stride) + turn * u_stride
-        d0, dx = _up(d0, 0.0, x, a0, u_at, here, piece0, call, counter, seed, RANK, WARPS, True)
+            dx = tl.load(out, mask=mask, other=0.0).to(tl.float32)
+        v_at = (V + first * v_stride) + turn * v_stride
+        d0, dx = _up(d0, dx, x, a0, v_at, here, rstd, piece0, call, counter, seed, RANK, WARPS)
         if N_PIECES > 1:
-            d1, dx = _up(d1, dx, x, a1, u_at, here, piece1, call, counter, seed, RANK, WARPS, False)
+            d1, dx = _up(d1, dx, x, a1, v_at, here, rstd, piece1, call, counter, seed, RANK, WARPS)
         if N_PIECES > 2:
-            d2, dx = _up(d2, dx, x, a2, u_at, here, piece2, call, counter, seed, RANK, WARPS, False)
+            d2, dx = _up(d2, dx, x, a2, v_at, here, rstd, piece2, call, counter, seed, RANK, WARPS)
         if DX is not None:
-            dx = (given + dx * factor).to(DX.dtype.element_ty)
+            dx = dx.to(DX.dtype.element_ty)
             if ACTIVATION is None:
                 tl.store(out, dx, mask=mask)
             else:
@@ -286,11 +295,11 @@ def lora_dropout_up_kernel(
                 tl.store(gate_at, (d * up * slope).to(D_X.dtype.element_ty), mask=mask)
                 tl.store(gate_at + columns, (d * value).to(D_X.dtype.element_ty), mask=mask)
     if PARTIAL is not None:
-        _store_partial(d0 * factor, PARTIAL, piece0, column, columns, RANK)
+        _store_partial(d0, PARTIAL, NORM, piece0, column, columns, RANK)
         if N_PIECES > 1:
-            _store_partial(d1 * factor, PARTIAL, piece1, column, columns, RANK)
+            _store_partial(d1, PARTIAL, NORM, piece1, column, columns, RANK)
         if N_PIECES > 2:
-            _store_partial(d2 * factor, PARTIAL, piece2, column, columns, RANK)
+            _store_partial(d2, PARTIAL, NORM, piece2, column, columns, RANK)
 
 
 class FusedLoRADropout(LoRADropout):
@@ -319,19 +328,30 @@ class FusedLoRADropout(LoRADropout):
             )  # fmt: skip
         return out
 
-    def up_(self, dx: Tensor, x: Tensor, u: Tensor, a: Tensor, counter: Tensor) -> Tensor:
-        assert dx.shape == x.shape
-        apart = len(self.parts) > 1
-        total = dx.float() if len(self._launches) > 1 else dx  # is rounded once, however many add to it
+    def up_(
+        self,
+        dx: Tensor | None,
+        x: Tensor,
+        v: Tensor,
+        a: Tensor,
+        counter: Tensor,
+        *,
+        rstd: Tensor | None = None,
+        norm: Tensor | None = None,
+    ) -> Tensor:
+        apart = len(self.parts) > 1 or dx is None
+        total = dx.float() if dx is not None and len(self._launches) > 1 else dx  # is rounded once, whoever adds to it
         width, programs = (COLUMNS, A_PROGRAMS) if apart else (DX_COLUMNS, PROGRAMS)
         partials = self._partials(x, a, width, programs, max(launch.count for launch in self._launches) if apart else 1)
+        norms = rstd, norm
         for launch in self._launches:
             if apart:
-                self._up(launch, total, None, None, u, a, None, counter, None)
-                self._up(launch, None, x, None, u, a, partials, counter, None)
+                if total is not None:
+                    self._up(launch, total, None, None, v, a, None, counter)
+                self._up(launch, None, x, None, v, a, partials, counter, norms)
             else:
-                self._up(launch, total, x, None, u, a, partials, counter, None)
-        if total is not dx:
+                self._up(launch, total, x, None, v, a, partials, counter, norms)
+        if dx is not None and total is not None and total is not dx:
             dx.copy_(total)
         return partials
 
@@ -340,18 +360,18 @@ class FusedLoRADropout(LoRADropout):
         d: Tensor,
         gate_up: Tensor,
         activation: str,
-        u: Tensor,
+        v: Tensor,
         a: Tensor,
         counter: Tensor,
         *,
         d_gate_up: Tensor,
     ) -> Tensor:
         if len(self._launches) > 1:  # d is whole behind the last alone
-            return super().up_glu(d, gate_up, activation, u, a, counter, d_gate_up=d_gate_up)
+            return super().up_glu(d, gate_up, activation, v, a, counter, d_gate_up=d_gate_up)
         assert d_gate_up.shape == gate_up.shape == (len(d), 2 * d.shape[1])
         assert d_gate_up.dtype == gate_up.dtype and d_gate_up.stride(1) == 1
         partials = self._partials(d, a, DX_COLUMNS, GLU_PROGRAMS, 1)
-        self._up(self._launches[0], d, gate_up, d_gate_up, u, a, partials, counter, activation)
+        self._up(self._launches[0], d, gate_up, d_gate_up, v, a, partials, counter, activation=activation)
         return partials
 
     def _partials(self, x: Tensor, a: Tensor, width: int, programs: int, pieces: int) -> Tensor:
@@ -365,28 +385,31 @@ class FusedLoRADropout(LoRADropout):
         dx: Tensor | None,
         x: Tensor | None,
         d_x: Tensor | None,
-        u: Tensor,
+        v: Tensor,
         a: Tensor,
         partials: Tensor | None,
         counter: Tensor,
-        activation: str | None,
+        norms: tuple[Tensor | None, Tensor | None] = (None, None),
+        activation: str | None = None,
     ) -> None:
         """Both halves, or without `x` and `partials` dx alone, or without `dx` the gradients of A alone."""
-        tokens, columns = len(u), a.shape[1]
-        _check(u, a.shape[0], a, counter)
+        tokens, columns = len(v), a.shape[1]
+        _check(v, a.shape[0], a, counter)
         if x is not None:
             _check(x, columns * (1 if activation is None else 2), a, counter)
             assert len(x) == tokens
         assert dx is None or (dx.shape == (tokens, columns) and dx.stride(1) == 1)
-        half = u.dtype != torch.float32
+        for factors, size in zip(norms, (tokens, columns), strict=True):
+            assert factors is None or (factors.shape == (size,) and factors.is_contiguous())
+        half = v.dtype != torch.float32
         width = COLUMNS if dx is None else DX_COLUMNS
         strips = triton.cdiv(columns, width)
-        parts = up_parts(tokens, strips, u.device, DX_PROGRAMS) if partials is None else partials.shape[1]
+        parts = up_parts(tokens, strips, v.device, DX_PROGRAMS) if partials is None else partials.shape[1]
         pieces, together = (launch.count, 1) if dx is None else (1, launch.count)
         strides = [0 if tensor is None else tensor.stride(0) for tensor in (dx, x, d_x)]
         lora_dropout_up_kernel[(strips, parts, pieces)](
-            dx, x, d_x, u, a, partials, launch.pieces, self._seed, counter, self.factor,
-            tokens, columns, *strides, u.stride(0), a.stride(0),
+            dx, x, d_x, v, a, *norms, partials, launch.pieces, launch.scales, self._seed, counter,
+            tokens, columns, *strides, v.stride(0), a.stride(0),
             ACTIVATION=activation, N_PIECES=together, RANK=launch.rank, ALIGNED=launch.aligned,
             ROWS=ROWS if half else FLOAT32_ROWS, COLUMNS=width, STAGES=STAGES, WARPS=WARPS if half else 0,
             num_warps=WARPS,

@@ -3,6 +3,8 @@ are drawn where x and products lie: no word of them goes through shared memory."
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from chronicals.kernels.fused import lora_dropout as fused
@@ -22,7 +24,9 @@ def constexprs(rank: int, rows: int, columns: int) -> dict[str, object]:
 
 
 def loop_of(assembly: str) -> str:
-    return assembly[assembly.index("Inner Loop Header") : assembly.rindex("bra")]
+    header = re.search(r"(\S+):\s+// =>This Inner Loop Header", assembly)
+    assert header is not None
+    return assembly[header.end() : assembly.rindex(f"{header[1]};")]
 
 
 @pytest.mark.parametrize(
@@ -69,15 +73,19 @@ BOTH, DX, A = "both halves", "dx alone", "A's gradients alone"
 def test_up(half: str, pieces: int, rank: int, kind: str, dx: str, activation: str | None) -> None:
     tensors: dict[str, tuple[str, str | None]] = {  # and their strides
         "DX": (dx, "dx_stride"), "X": (kind, "x_stride"), "D_X": (kind, "d_x_stride"), "PARTIAL": ("*fp32", None),
+        "RSTD": ("*fp32", None), "NORM": (kind, None),
     }  # fmt: skip
-    without = {BOTH: set(), DX: {"X", "PARTIAL"}, A: {"DX"}}[half] | ({"D_X"} if activation is None else set())
+    without = {BOTH: set(), DX: {"X", "PARTIAL", "RSTD", "NORM"}, A: {"DX"}}[half]
+    without |= {"D_X"} if activation is None else {"RSTD", "NORM"}
     given = {name: kind for name, (kind, _) in tensors.items() if name not in without}
     strides = {stride: "i32:16" for name, (_, stride) in tensors.items() if stride and name not in without}
     missing: dict[str, object] = dict.fromkeys(without)
     missing |= {stride: 0 for name, (_, stride) in tensors.items() if stride and name in without}
     wide = kind != "*fp32"
     sizes = (
-        TABLES | {"U": kind, "A": kind, "factor": "fp32"} | dict.fromkeys(("columns", "a_stride", "u_stride"), "i32:16")
+        TABLES
+        | {"V": kind, "A": kind, "SCALES": "*fp32"}
+        | dict.fromkeys(("columns", "a_stride", "v_stride"), "i32:16")
     )
     compiled = compile_all(
         fused.lora_dropout_up_kernel,
@@ -92,8 +100,9 @@ def test_up(half: str, pieces: int, rank: int, kind: str, dx: str, activation: s
         hopper = compiled["sm_90"]
         assert hopper.stack == 0
         assert "wgmma" in hopper.assembly
-        assert "ld.global.b16" not in hopper.assembly
-        # masks are drawn where they are used: what goes through shared memory is x, masked, 16 bytes at a time
-        width = fused.COLUMNS if half == A else fused.DX_COLUMNS
-        assert loop_of(hopper.assembly).count("st.shared") == (0 if half == DX else fused.ROWS * width // (8 * 128))
+        assert "ld.global.b16" not in loop_of(hopper.assembly)
+        # masks are drawn where they are used: what goes through shared memory, 16 bytes at a time, is x, masked, and v
+        # times rstd where tensor cores do not take it from registers
+        through = {BOTH: fused.ROWS * fused.DX_COLUMNS, DX: 0, A: fused.ROWS * (fused.COLUMNS + rank)}[half]
+        assert loop_of(hopper.assembly).count("st.shared") == through // (8 * 128)
         assert "shfl" not in hopper.assembly

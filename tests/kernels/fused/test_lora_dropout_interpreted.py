@@ -59,6 +59,26 @@ def test_both_halves(size: tuple[int, int], count: int, dtype: torch.dtype) -> N
     assert parts_of_a.dtype == torch.float32 and parts_of_a.shape[::2] == (rank, columns)
     assert relative_error(parts_of_a.sum(1), partials.sum(1)) < tolerance
     assert torch.equal(ours.up_(again, x, u, a, COUNTER), parts_of_a) and torch.equal(again, dx)
+    alone = ours.up_(None, x, u, a, COUNTER)  # cut otherwise where one pass would have made both
+    assert relative_error(alone.sum(1), partials.sum(1)) < tolerance
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_where_x_is_what_a_norm_read(count: int, read: bool, dtype: torch.dtype) -> None:
+    (tokens, columns), parts = (37, 72), PARTS[:count]
+    rank = sum(part.rank for part in parts)
+    ours, plain = pair(parts, 0.3)
+    sizes = ((tokens, columns), (tokens, columns), (rank, columns), (tokens, rank))
+    x, dx, a, v = (inside(torch.randn(size).to(dtype)) for size in sizes)
+    rstd, norm = torch.rand(tokens) + 0.5, (torch.rand(columns) + 0.5).to(dtype)
+    exact = plain.up_(dx.double(), (x * rstd[:, None]).double() * norm, v.double(), a.double(), COUNTER)
+    without = dx.clone()
+    ours.up_(without, x, v, a, COUNTER)
+    partials = ours.up_(dx if read else None, x, v, a, COUNTER, rstd=rstd, norm=norm)
+    assert relative_error(partials.sum(1), exact.sum(1)) < {torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
+    assert torch.equal(dx, without) == read
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
