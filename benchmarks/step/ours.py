@@ -48,11 +48,8 @@ from chronicals.train.precision import resolve_ops
 from chronicals.train.step import to_device
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # of a gradient's norm, against transformers in float32
-STAY, LIGHT = (
-    5,
-    1,
-)  # layers of a work for least memory: what so many keep stays on the device, as the link to the host is
-# busy enough; so many more, the last, compute nothing again but what is elementwise
+STAY = 5  # layers of a work for least memory: what they keep is on the device, as the link to the host is busy enough
+LIGHT = 1  # and so many more, the last, compute nothing again but what is elementwise
 ROUNDED = 1.5  # times transformers' own distance in the same dtype
 
 
