@@ -185,6 +185,7 @@ class JoinedDoRA(JoinedLoRA, DoRAProjection):
     joins_glu = False
     t_wider = u_wider = None
     takes_unnormed = False
+    reads_out = True
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
         super().__init__(base, targets, dropout)
@@ -225,9 +226,6 @@ class JoinedDoRA(JoinedLoRA, DoRAProjection):
             return self(x, gate_up, apart), None
         z = self._before_scales(x, gate_up, apart)
         return z, self.ops.scaled_glu_forward_(z, self.c, self.bias, glu.activation, out=out)
-
-    def kept_out(self, y: Tensor) -> Tensor:
-        return y
 
     def backward(
         self,

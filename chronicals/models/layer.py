@@ -98,8 +98,9 @@ class WholeLayer:
     def backward(
         self, saved: LayerSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None
     ) -> Tensor | None:
-        first, second = self.record(saved.x, None, stream, product="product" not in self.mlp.dropped)
-        second = self.mlp.thinned(second, product_kept=saved.product_kept)
+        product = "product" not in self.mlp.dropped or self.mlp.mlp.down_proj.reads_out  # which is made again of it
+        first, second = self.record(saved.x, None, stream, product=product)
+        second = replace(second, product_kept=saved.product_kept)
         read = room is not None or any(weight.requires_grad for weight in self.attention.parameters())
         between = self.mlp.backward(second, d, stream, gradients, self.attention.out_room if read else None)
         del second, d

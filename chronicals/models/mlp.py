@@ -88,9 +88,11 @@ class MLPHalf(Half):
     def record(self, residual: Tensor, delta: Tensor | None, stream: Stream, *, product: bool = True) -> MLPSaved:
         """All of the forward pass but the last projection; without the product where that is not wanted."""
         x, normed, rstd = self.norm.add(residual, delta, self.mlp.gate_up_proj.in_room)
+        dropped = "normed" in self.dropped
         gate_up_again = "gate_up" in self.dropped  # and with it what stands behind `normed`
-        apart = self.mlp.gate_up_proj.apart(normed) if "normed" in self.dropped and not gate_up_again else None
-        return MLPSaved(x, rstd, normed, apart, *self.up(normed, product=product, apart=apart), None)
+        apart = self.mlp.gate_up_proj.apart(normed) if dropped and not gate_up_again else None
+        kept = None if dropped else normed
+        return MLPSaved(x, rstd, kept, apart, *self.up(normed, product=product, apart=apart), None)
 
     def output(self, saved: MLPSaved, *, apart: bool) -> tuple[Tensor, Tensor | None]:
         """The last projection: (T, H), and what it left behind the product where that is wanted `apart`."""
@@ -98,16 +100,12 @@ class MLPHalf(Half):
         kept = self.mlp.down_proj.apart(saved.product) if apart else None
         return self.mlp.down_proj(saved.product, apart=kept), kept
 
-    def thinned(self, saved: MLPSaved, **fields: Any) -> MLPSaved:
-        """Without what is dropped, and with these fields."""
-        fields.update(dict.fromkeys(self.dropped))
-        return replace(saved, **fields)
-
     def forward(self, residual: Tensor, delta: Tensor | None, stream: Stream) -> tuple[Tensor, Tensor, MLPSaved]:
         saved = self.record(residual, delta, stream)
         delta, product_kept = self.output(saved, apart="product" in self.dropped)
+        dropped: dict[str, Any] = dict.fromkeys(self.dropped)
         kept_out = self.mlp.down_proj.kept_out(delta)
-        return saved.x, delta, self.thinned(saved, product_kept=product_kept, delta=kept_out)
+        return saved.x, delta, replace(saved, product_kept=product_kept, delta=kept_out, **dropped)
 
     def backward(
         self, saved: MLPSaved, d: Tensor, stream: Stream, gradients: WeightGradients, room: int | None

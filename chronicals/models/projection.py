@@ -78,6 +78,7 @@ class Projection(nn.Module):
         out_room: columns of room that `input_grad` wants behind the gradient of its output.
         takes_unnormed: whether `backward_unnormed` does without a forward's input that a norm made.
         takes_unglued: whether `glu_backward` does without a forward's input that a GLU made, while training.
+        reads_out: whether `backward` wants the output, or makes it again of the input.
         joins_glu: whether its output is one matmul of `operands`, so that the GLU behind it may be a part of that.
         joins_glu_grad: whether that GLU may be although this projection comes behind it: the gradient of its input is
             one matmul, of `grad_operands`, which takes the GLU's gradient in, or it makes the product again itself,
@@ -88,6 +89,7 @@ class Projection(nn.Module):
     out_room = 0
     takes_unnormed = False
     takes_unglued = False
+    reads_out = False
     joins_glu = True
     joins_glu_grad = True
 
@@ -148,7 +150,7 @@ class Projection(nn.Module):
 
     def kept_out(self, y: Tensor) -> Tensor | None:
         """What `backward` will want of y, the output: y, or None. Then nobody else may write to y."""
-        return None
+        return y if self.reads_out else None
 
     def backward(
         self,
