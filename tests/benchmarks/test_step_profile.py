@@ -8,6 +8,7 @@ from benchmarks.step.layer import launches
 from benchmarks.step.profile import (
     Kernel,
     floors,
+    glu_share,
     idle,
     kind,
     layer_ops,
@@ -45,6 +46,7 @@ GLU_BACKWARD = "kernel_cutlass_kernel_quackepiloguefrontendGemmMod_glu_backward_
         ("void at::native::vectorized_elementwise_kernel<4>", "other"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("Memset (Device)", "copies"),
+        ("Memcpy DtoH (Device -> Pinned)", "host link"),
     ],
 )
 def test_a_kernel_is_told_by_its_name(name: str, expected: str) -> None:
@@ -66,6 +68,8 @@ def test_the_heads_matmuls_are_the_heads() -> None:
 def test_gaps_are_where_nothing_ran() -> None:
     side_by_side = [Kernel("a", 0.0, 2.0), Kernel("b", 1.0, 0.5), Kernel("c", 3.0, 1.0)]
     assert idle(side_by_side) == 1.0
+    link = Kernel("Memcpy HtoD (Pinned -> Device)", 2.2, 0.5)
+    assert idle([*side_by_side[:2], link, side_by_side[2]]) == 1.0, "kernels wait for it, or it is beside them"
     found = summed(in_a_row("adamw_kernel", GEMM, gap=1.0), 1, {})
     assert found["gaps_seconds"] == 1.0
     assert found["gaps_share"] == pytest.approx(1 / 3)
@@ -81,9 +85,12 @@ def test_floors_follow_the_shapes() -> None:
     passes = 24 * 8 * 2 * 16384 * 4864 / 4e12
     assert seconds["elementwise"] > passes
     for name in ("full05", "lora05"):
-        apart, inside = (floors(WORKS[name], CEILINGS, master=False, glu_inside=i) for i in (False, True))
-        assert inside.pop("elementwise") == pytest.approx(apart.pop("elementwise") - passes)
-        assert inside == apart, "the matmul's floor too"
+        apart = floors(WORKS[name], CEILINGS, master=False)
+        for kernels, spared in (([GLU_FORWARD, GLU_BACKWARD, GEMM], passes), ([GLU_BACKWARD], passes * 5 / 8)):
+            share = glu_share(in_a_row(*kernels))
+            inside = floors(WORKS[name], CEILINGS, master=False, glu_inside=share)
+            assert inside.pop("elementwise") == pytest.approx(apart["elementwise"] - spared)
+            assert inside == {kind: s for kind, s in apart.items() if kind != "elementwise"}, "the matmul's floor too"
 
 
 FORWARD = [
