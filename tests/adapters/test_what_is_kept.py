@@ -33,6 +33,7 @@ CASES: dict[str, tuple[LoRA, dict[str, Any], set[str], set[str]]] = {  # and wha
     "dora": (replace(LORA, dora=True), {}, NORMED | {"delta"}, NORMED | PRODUCT | {"delta"}),
     "dora of down": (replace(LORA, targets=("down_proj",), dora=True), {}, NORMED, NORMED | PRODUCT | {"delta"}),
     "not joined": (LORA, {"joined": ()}, NORMED, NORMED | PRODUCT),
+    "dropout": (replace(LORA, dropout=0.3), {}, APART, APART | PRODUCT_APART),
     "dropout of down": (replace(LORA, targets=("down_proj",), dropout=0.3), {}, NORMED, NORMED | PRODUCT_APART),
     "dropout, not joined": (replace(LORA, dropout=0.3), {"joined": ()}, NORMED, NORMED | PRODUCT),
 }
@@ -69,7 +70,7 @@ def test_nothing_is_kept_that_no_projection_reads(case: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("case", ["lora", "dropout of down"])
+@pytest.mark.parametrize("case", ["lora", "dropout", "dropout of down"])
 def test_gradients_have_the_bits_of_everything_kept(
     case: str, policy: Recompute, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
