@@ -51,7 +51,7 @@ class Names:
 
     def resolve(self) -> dict[str, Any]:
         """The source's data under the schema's names; fills `notes`."""
-        data = _plugins(self, _report_to(self, dict(self.source.data)))
+        data = _offloading(self, _plugins(self, _report_to(self, dict(self.source.data))))
         self.values = self._mapping(self.model, data, (), _TOP)
         for key, model in self.nested.items():
             value = self.values.get(key)
@@ -85,7 +85,7 @@ class Names:
             name = names.aliases.get(key, key) if isinstance(key, str) else key
             name, _, inner = str(name).partition(".")
             if name in fields and not inner:
-                value = self._value(model, name, raw, names, written=key)
+                value = self._value(model, name, raw, names)
             elif name in fields:
                 value = None if raw is None else {inner: raw}
             elif key in names.notes:
@@ -110,14 +110,10 @@ class Names:
             result[name] = {**result.get(name, {}), **value} if inner else value
         return result
 
-    def _value(self, model: type[BaseModel], name: str, raw: Any, names: _Tables, written: str) -> Any:
+    def _value(self, model: type[BaseModel], name: str, raw: Any, names: _Tables) -> Any:
         annotation = hint(model, name)
         swaps = names.values.get(name, {})
         if isinstance(raw, str | bool | int) and (type(raw), raw) in {(type(k), k) for k in swaps}:
-            if name == "recompute" and isinstance(raw, str):
-                self.notes.append(
-                    f"{written}: {raw} recomputes activations; activation_offloading: true offloads what is kept"
-                )
             return swaps[raw]
         if raw is False and not admits(annotation, bool):
             if admits(annotation, type(None)):
@@ -194,6 +190,17 @@ def _plugins(names: Names, data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(plugins, list) and plugins and all(plugin in tables.SPEED_PLUGINS for plugin in plugins):
         names.notes.append(f"plugins has no effect: {tables.NOTES['liger_rope']}")
         del data["plugins"]
+    return data
+
+
+def _offloading(names: Names, data: dict[str, Any]) -> dict[str, Any]:
+    """Unsloth's and Axolotl's checkpointing that offloads: `activation_offloading` beside what `tables.VALUES` says."""
+    for key in ("gradient_checkpointing", "recompute"):
+        if data.get(key) in ("unsloth", "offload", "offload_disk") and "activation_offloading" not in data:
+            data["activation_offloading"] = True
+            names.written[("activation_offloading",)] = (key,)
+            if data[key] == "offload_disk":
+                names.notes.append(f"{key}: offload_disk keeps activations in the host's memory, not on a disk")
     return data
 
 

@@ -136,9 +136,18 @@ def test_keys_without_effect_are_accepted_with_one_line_each(load) -> None:
     assert [note.split(" has no effect: ")[0] for note in config.notes] == [*keys, "strict"]
     assert all("\n" not in note for note in config.notes)
     assert load("tf32:\nstrict: null\n").notes == []
-    assert load("gradient_checkpointing: unsloth").notes == [
-        "gradient_checkpointing: unsloth recomputes activations; activation_offloading: true offloads what is kept"
-    ]
+
+
+def test_checkpointing_that_offloads(load) -> None:
+    for value in ("unsloth", "offload", "offload_disk"):
+        config = load(f"gradient_checkpointing: {value}")
+        assert (config.recompute, config.activation_offloading) == ("full", True)
+        disk = ["gradient_checkpointing: offload_disk keeps activations in the host's memory, not on a disk"]
+        assert config.notes == (disk if value == "offload_disk" else [])
+        kept = load(f"gradient_checkpointing: {value}\nactivation_offloading: false")
+        assert (kept.recompute, kept.activation_offloading, kept.notes) == ("full", False, [])
+    assert not load("gradient_checkpointing: true").activation_offloading
+    assert not load("recompute: full").activation_offloading
 
 
 @pytest.mark.parametrize("nothing", ["null", "false", "", "[]", "{}"])
