@@ -48,8 +48,7 @@ from chronicals.train.precision import resolve_ops
 from chronicals.train.step import to_device
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}  # of a gradient's norm, against transformers in float32
-STAY = 5  # layers of a work for least memory: what they keep is on the device, as the link to the host is busy enough
-LIGHT = 1  # and so many more, the last, compute nothing again but what is elementwise
+STAY = 9  # layers of a work for least memory, whose share the device has room for: so a slow link is quick enough too
 ROUNDED = 1.5  # times transformers' own distance in the same dtype
 
 
@@ -119,10 +118,10 @@ class Ours(Arm):
     def _set_memory(self, options: Mapping[str, str], layers: int) -> str:
         """Says what is computed again and what waits on the host, and tells it."""
         if self.work.least_memory and "recompute" not in options:
-            again, offloaded = max(1, layers - LIGHT), max(1, layers - LIGHT - STAY)
-            self.model.set_recompute("mlp", again)
+            offloaded = max(1, layers - STAY)
+            self.model.set_recompute("mlp")
             self.model.set_offload(offloaded)
-            return f"mlp in {again} of {layers} layers, {offloaded} offloaded"
+            return f"mlp, {offloaded} of {layers} layers offloaded"
         recompute, first = options.get("recompute", "light"), options.get("layers")
         self.model.set_recompute(recompute, int(first) if first else None)
         return recompute

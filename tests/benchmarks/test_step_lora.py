@@ -155,7 +155,7 @@ def test_honest_arms_get_their_numbers_and_agree(work: Work, tmp_path: Path) -> 
     assert ours["loss"]["last"] == pytest.approx(eager["loss"]["last"], rel=1e-5)
     least = work.least_memory
     assert (ours["chosen"]["recompute"], eager["chosen"]["recompute"]) == (
-        ("mlp in 1 of 2 layers, 1 offloaded", "every layer") if least else ("light", "none")
+        ("mlp, 1 of 2 layers offloaded", "every layer") if least else ("light", "none")
     )
 
 
