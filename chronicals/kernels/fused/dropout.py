@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chronicals.kernels.fused.lora_dropout import keeps
+from chronicals.kernels.fused.lora_dropout_kernels import keeps
 from chronicals.kernels.fused.rows import DTYPES
 from chronicals.kernels.lora import LANES, MOST_CALLS, threshold
 

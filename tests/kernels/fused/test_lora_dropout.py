@@ -8,6 +8,7 @@ import re
 import pytest
 
 from chronicals.kernels.fused import lora_dropout as fused
+from chronicals.kernels.fused import lora_dropout_kernels as kernels
 from tests.kernels.aot import TARGETS, compile_all
 
 TABLES = {"PIECES": "*i32", "SEED": "*i64", "COUNTER": "*i64", "tokens": "i32"}
@@ -19,8 +20,9 @@ def signature(kind: str, *strides: str) -> dict[str, str]:
     return TABLES | {"X": kind, "A": kind} | dict.fromkeys((*STRIDES, *strides), "i32:16")
 
 
-def constexprs(rank: int, rows: int, columns: int) -> dict[str, object]:
-    return {"RANK": rank, "ALIGNED": True, "ROWS": rows, "COLUMNS": columns, "STAGES": fused.STAGES}
+def constexprs(rank: int, whole: bool, rows: int | None = None, columns: int = fused.COLUMNS) -> dict[str, object]:
+    tile = {} if rows is None else {"ROWS": rows, "COLUMNS": columns}
+    return {"RANK": rank, "ALIGNED": True, "WHOLE": whole, "STAGES": fused.STAGES} | tile
 
 
 def loop_of(assembly: str) -> str:
@@ -30,69 +32,95 @@ def loop_of(assembly: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("rank", "rows", "kind"), [(32, fused.ROWS, "*bf16"), (128, fused.ROWS, "*bf16"), (32, fused.FLOAT32_ROWS, "*fp32")]
+    ("rank", "tile", "kind", "whole"),
+    [
+        (32, (64, 64), "*bf16", True),
+        (32, (32, 128), "*bf16", True),
+        (32, (64, 64), "*bf16", False),
+        (128, (64, 64), "*bf16", False),
+        (64, (32, 128), "*bf16", True),
+        (32, (16, 64), "*fp32", False),
+    ],
 )
-def test_down(rank: int, rows: int, kind: str) -> None:
+def test_down(rank: int, tile: tuple[int, int], kind: str, whole: bool) -> None:
     compiled = compile_all(
-        fused.lora_dropout_down_kernel,
+        kernels.lora_dropout_down_kernel,
         signature(kind, "out_stride", "copy_stride") | {"OUT": kind, "COPY": kind, "SCALES": "*fp32"},
-        constexprs(rank, rows, fused.COLUMNS),
+        constexprs(rank, whole, *tile),
         num_warps=fused.WARPS,
         targets=TARGETS if rank == 32 and kind == "*bf16" else EXTREMES,
     )
     if rank == 32 and kind == "*bf16":
         assert compiled["sm_90"].stack == 0
-        assert "wgmma" in compiled["sm_90"].assembly
+        assert ("wgmma" if tile[0] == 64 else "mma.sync") in compiled["sm_90"].assembly
         loop = loop_of(compiled["sm_90"].assembly)
         assert "cp.async.cg" in loop
         # what goes through shared memory is x, masked: 16 bytes at a time
-        assert loop.count("st.shared") == rows * fused.COLUMNS // (8 * 128)
-
-
-BOTH, DX, A = "both halves", "dx alone", "A's gradients alone"
+        assert loop.count("st.shared") == tile[0] * tile[1] // (8 * 128)
 
 
 @pytest.mark.parametrize(
-    ("half", "pieces", "rank", "kind", "dx", "activation"),
+    ("pieces", "rank", "kind", "dx", "activation", "grads", "whole"),
     [
-        (BOTH, 1, 32, "*bf16", "*bf16", None),
-        (BOTH, 1, 128, "*bf16", "*fp32", None),  # of several launches
-        (BOTH, 1, 32, "*fp32", "*fp32", None),
-        (BOTH, 1, 32, "*bf16", "*bf16", "silu"),
-        (BOTH, 1, 128, "*bf16", "*bf16", "gelu"),
-        (BOTH, 3, 64, "*fp16", "*fp16", "gelu_tanh"),
-        (BOTH, 1, 32, "*fp32", "*fp32", "gelu"),
-        (DX, 3, 32, "*bf16", "*bf16", None),
-        (DX, 3, 64, "*bf16", "*fp32", None),
-        (DX, 3, 16, "*fp32", "*fp32", None),
-        (A, 1, 32, "*bf16", "*bf16", None),
-        (A, 1, 128, "*bf16", "*bf16", None),
-        (A, 1, 16, "*fp32", "*fp32", None),
+        (1, 32, "*bf16", "*bf16", None, True, True),
+        (2, 32, "*bf16", "*bf16", None, True, True),
+        (1, 32, "*bf16", "*bf16", "silu", True, True),
+        (1, 32, "*bf16", "*bf16", "silu", True, False),
+        (3, 32, "*bf16", "*bf16", None, False, True),
+        (3, 64, "*bf16", "*fp32", None, False, False),  # of several launches
+        (1, 128, "*bf16", "*bf16", "gelu", True, True),
+        (3, 64, "*fp16", "*fp16", "gelu_tanh", True, False),
+        (1, 32, "*fp32", "*fp32", "gelu", True, False),
+        (3, 16, "*fp32", "*fp32", None, False, False),
     ],
 )
-def test_up(half: str, pieces: int, rank: int, kind: str, dx: str, activation: str | None) -> None:
+def test_up(pieces: int, rank: int, kind: str, dx: str, activation: str | None, grads: bool, whole: bool) -> None:
     tensors: dict[str, tuple[str, str | None]] = {  # and their strides
         "DX": (dx, "dx_stride"), "X": (kind, "x_stride"), "D_X": (kind, "d_x_stride"), "PARTIAL": ("*fp32", None),
         "RSTD": ("*fp32", None), "NORM": (kind, None),
     }  # fmt: skip
-    without = {BOTH: set(), DX: {"X", "PARTIAL", "RSTD", "NORM"}, A: {"DX"}}[half]
-    without |= {"D_X"} if activation is None else {"RSTD", "NORM"}
+    without = {"D_X"} if activation is None else {"RSTD", "NORM"}
+    without |= set() if grads else {"X", "PARTIAL", "RSTD", "NORM"}
     given = {name: kind for name, (kind, _) in tensors.items() if name not in without}
     strides = {stride: "i32:16" for name, (_, stride) in tensors.items() if stride and name not in without}
     missing: dict[str, object] = dict.fromkeys(without)
     missing |= {stride: 0 for name, (_, stride) in tensors.items() if stride and name in without}
-    wide = kind != "*fp32"
     sizes = (
         TABLES
         | {"V": kind, "A": kind, "SCALES": "*fp32"}
         | dict.fromkeys(("columns", "a_stride", "v_stride"), "i32:16")
     )
     compiled = compile_all(
-        fused.lora_dropout_up_kernel,
+        kernels.lora_dropout_up_kernel,
         sizes | given | strides,
-        constexprs(rank, fused.ROWS if wide else fused.FLOAT32_ROWS, fused.COLUMNS if half == A else fused.DX_COLUMNS)
-        | {"ACTIVATION": activation, "N_PIECES": pieces, "WARPS": fused.WARPS if wide else 0}
-        | missing,
+        constexprs(rank, whole) | {"ACTIVATION": activation, "N_PIECES": pieces, "WARPS": fused.WARPS} | missing,
+        num_warps=fused.WARPS,
+        targets=TARGETS if rank == 32 and kind == "*bf16" else EXTREMES,
+    )
+    if rank == 32 and kind == "*bf16":
+        hopper = compiled["sm_90"]
+        assert hopper.stack == 0
+        assert "mma.sync" in hopper.assembly
+        loop = loop_of(hopper.assembly)
+        assert "ld.global.b16" not in loop
+        # masks are drawn where they are used: what goes through shared memory is x, masked, 16 bytes at a time, and
+        # v where it is scaled
+        tile = kernels.DX_ROWS * fused.STRIP // (8 * 128) + ("RSTD" in given)
+        assert loop.count("st.shared") == (pieces * tile if grads else 0)
+        assert "shfl" not in loop
+
+
+@pytest.mark.parametrize(
+    ("rank", "kind", "whole"), [(32, "*bf16", True), (32, "*bf16", False), (128, "*bf16", True), (16, "*fp32", False)]
+)
+def test_grad(rank: int, kind: str, whole: bool) -> None:
+    rows = fused.FLOAT32_ROWS if kind == "*fp32" else fused.ROWS
+    compiled = compile_all(
+        kernels.lora_dropout_grad_kernel,
+        TABLES
+        | {"X": kind, "V": kind, "RSTD": "*fp32", "NORM": kind, "PARTIAL": "*fp32", "SCALES": "*fp32"}
+        | dict.fromkeys(("columns", "x_stride", "v_stride"), "i32:16"),
+        constexprs(rank, whole, rows),
         num_warps=fused.WARPS,
         targets=TARGETS if rank == 32 and kind == "*bf16" else EXTREMES,
     )
@@ -100,9 +128,7 @@ def test_up(half: str, pieces: int, rank: int, kind: str, dx: str, activation: s
         hopper = compiled["sm_90"]
         assert hopper.stack == 0
         assert "wgmma" in hopper.assembly
-        assert "ld.global.b16" not in loop_of(hopper.assembly)
-        # masks are drawn where they are used: what goes through shared memory, 16 bytes at a time, is x, masked, and v
-        # times rstd where tensor cores do not take it from registers
-        through = {BOTH: fused.ROWS * fused.DX_COLUMNS, DX: 0, A: fused.ROWS * (fused.COLUMNS + rank)}[half]
-        assert loop_of(hopper.assembly).count("st.shared") == through // (8 * 128)
-        assert "shfl" not in hopper.assembly
+        loop = loop_of(hopper.assembly)
+        assert "ld.global.b16" not in loop
+        assert "shfl" not in loop
+        assert loop.count("st.shared") == fused.ROWS * (fused.COLUMNS + rank) // (8 * 128)
