@@ -87,10 +87,10 @@ class FusedLoRADropout(LoRADropout):
     ) -> Tensor:
         total = dx.float() if dx is not None and len(self._launches) > 1 else dx  # is rounded once, whoever adds to it
         together = total is not None and all(launch.count * launch.rank <= TOGETHER for launch in self._launches)
-        if together:
-            partials = _partials(x, a, DX_ROWS, STRIP, PROGRAMS)
+        pieces = max(launch.count for launch in self._launches)
+        if together:  # as many programs as have room for their sums
+            partials = _partials(x, a, DX_ROWS, STRIP, PROGRAMS // pieces)
         else:
-            pieces = max(launch.count for launch in self._launches)
             partials = _partials(x, a, _rows(x), COLUMNS, A_PROGRAMS, pieces)
         for launch in self._launches:
             if total is not None:

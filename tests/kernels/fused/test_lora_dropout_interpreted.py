@@ -81,6 +81,23 @@ def test_where_x_is_what_a_norm_read(count: int, read: bool, dtype: torch.dtype)
     assert torch.equal(dx, without) == read
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_whole_tiles(count: int) -> None:
+    """Without an edge, nothing is masked: the same as with one, but for how sums are cut."""
+    (tokens, columns), parts = (64, 256), [Part(16 * n, 16, 2.0 / (n + 1), n) for n in range(count)]
+    ours, plain = pair(parts, 0.3)
+    sizes = ((tokens, columns), (tokens, columns), (16 * count, columns), (tokens, 16 * count))
+    x, dx, a, v = (inside(torch.randn(size).half()) for size in sizes)
+    exact = plain.down(x.double(), a.double(), COUNTER, out=torch.zeros(tokens, 16 * count, dtype=torch.float64))
+    out = torch.full((tokens, 16 * count), float("nan"), dtype=torch.float16)
+    assert relative_error(ours.down(x, a, COUNTER, out=out), exact) < 1e-3
+    d_exact = dx.double()
+    partials = plain.up_(d_exact, x.double(), v.double(), a.double(), COUNTER)
+    assert relative_error(ours.up_(None, x, v, a, COUNTER).sum(1), partials.sum(1)) < 1e-6
+    assert relative_error(ours.up_(dx, x, v, a, COUNTER).sum(1), partials.sum(1)) < 1e-6
+    assert relative_error(dx, d_exact) < 1e-3
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("most", [fused.MOST_RANKS, 16])
