@@ -298,7 +298,8 @@ def public(implementation: Callable[[Call], Tensor]) -> Callable[..., Tensor]:
                 `grad_scale` of 1, the latter is minus each target's log-probability.
             mode: "fast" takes `chunk_rows` rows at a time, "frugal" as many as keep a chunk's logits within 90 MB,
                 "auto" chooses by the free memory, which on the CPU is always "fast".
-            chunk_rows: rows whose logits exist at a time, 4096 if None; not with "frugal".
+            chunk_rows: rows whose logits exist at a time; None: 4096, or 1024 of a frozen weight on a GPU. Not with
+                "frugal".
             sink: takes the weight's gradient instead of autograd; a factor other than 1 on the way back to a sum of
                 losses then makes the gradients NaN, as it comes too late.
 

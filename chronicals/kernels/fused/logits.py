@@ -19,7 +19,7 @@ from torch import Tensor
 from triton import cdiv
 
 CHUNK_ROWS = 4096  # below that, matmuls with a small H fall off and dW is re-read often
-LEAST_CHUNK_ROWS = 1024
+LEAST_CHUNK_ROWS = 1024  # of a frozen weight always: there is no dW
 FRUGAL_LOGITS = 90_000_000  # bytes of a block of logits: with dH and h, 132 MB at 8192 x 896 x 151936
 FRUGAL_COLUMNS = 6000  # a block of dlogits is then read back from L2, in part
 ALIGNMENT = 64  # columns: row strides that cuBLAS's widest loads take, whatever the vocabulary
@@ -81,15 +81,18 @@ def plan_for(
     room = 0 if scratch is None else scratch.nbytes // itemsize
     if mode == "frugal":
         return Plan.frugal(rows, len(weight), itemsize)
+    most = chunk_rows or (CHUNK_ROWS if weight.requires_grad else LEAST_CHUNK_ROWS)
     if mode == "auto" and weight.device.type == "cuda":
-        return by_free_memory(weight.device, chunk_rows, rows, *weight.shape, itemsize, rounds, room)
-    return Plan.fast(rows, len(weight), chunk_rows or CHUNK_ROWS, room)
+        least = chunk_rows or LEAST_CHUNK_ROWS
+        return by_free_memory(weight.device, most, least, rows, *weight.shape, itemsize, rounds, room)
+    return Plan.fast(rows, len(weight), most, room)
 
 
 @functools.cache
 def by_free_memory(
     device: torch.device,
-    chunk_rows: int | None,
+    most: int,
+    least: int,
     rows: int,
     vocab: int,
     features: int,
@@ -97,19 +100,20 @@ def by_free_memory(
     rounds: bool,
     room: int,
 ) -> Plan:
-    """`fast` with the largest chunk that fits, of 4096, 2048 and 1024 rows; `frugal` where none does. What is lent
-    needs no memory."""
+    """`fast` with the largest chunk that fits, of `most` rows and halves of it down to `least`; `frugal` where none
+    does. What is lent needs no memory."""
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     total = 4 * vocab * features
-    for chunk in [chunk_rows] if chunk_rows else [CHUNK_ROWS, CHUNK_ROWS // 2, LEAST_CHUNK_ROWS]:
-        plan = Plan.fast(rows, vocab, chunk, room)
+    while most >= least:
+        plan = Plan.fast(rows, vocab, most, room)
         columns = round_up(vocab - plan.lent_columns, ALIGNMENT)
         needed = plan.chunk_rows * (columns + 2 * features) * itemsize
         if rounds and plan.chunk_rows < rows and room * itemsize < total:
             needed += total
         if needed <= (1 - KEPT_FREE) * free:
             return plan
+        most //= 2
     return Plan.frugal(rows, vocab, itemsize)
 
 

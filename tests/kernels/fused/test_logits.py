@@ -88,7 +88,7 @@ def test_auto_takes_what_fits(free: float, rows: int, room: int, plan: Plan, mon
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     logits.by_free_memory.cache_clear()
-    arguments = torch.device("cuda"), None, rows, VOCAB, FEATURES, 2, True, room
+    arguments = torch.device("cuda"), logits.CHUNK_ROWS, logits.LEAST_CHUNK_ROWS, rows, VOCAB, FEATURES, 2, True, room
     assert logits.by_free_memory(*arguments) == plan
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     assert logits.by_free_memory(*arguments) == plan, "asked once"
@@ -97,7 +97,11 @@ def test_auto_takes_what_fits(free: float, rows: int, room: int, plan: Plan, mon
 
 def test_the_weight_and_what_is_lent_make_the_plan() -> None:
     weight, scratch = torch.empty(1000, 4, dtype=torch.float16), torch.empty(7 * 512 * 2, dtype=torch.uint8)
+    for mode in ("auto", "fast"):
+        assert logits.plan_for(mode, None, 9000, weight, False, None) == Plan.fast(9000, 1000, 1024), "no dW"
+    weight.requires_grad_()
     assert logits.plan_for("auto", None, 7, weight, True, scratch) == Plan.fast(7, 1000, 4096, 7 * 512)
+    assert logits.plan_for("auto", None, 9000, weight, True, scratch) == Plan.fast(9000, 1000, 4096)
     assert logits.plan_for("fast", 3, 7, weight, True, scratch) == Plan.fast(7, 1000, 3)
     assert logits.plan_for("fast", None, 7, weight, False, None) == Plan.fast(7, 1000, 4096)
     assert logits.plan_for("frugal", None, 7, weight, True, scratch) == Plan.frugal(7, 1000, 2)
