@@ -32,11 +32,6 @@ class MatmulThenGLU:
     glu_forward: Callable[..., Tensor]
     glu_backward: Callable[..., Tensor]
 
-    def rounds_again(self, features: int) -> bool:
-        """Whether the product that backward makes again may be rounded otherwise than forward's, for a `left` of so
-        many columns in forward. Then that one is not to be kept for backward, lest gradients depend on it."""
-        return False
-
     def forward(
         self,
         left: Tensor,
@@ -93,7 +88,7 @@ class MatmulThenGLU:
             out: (T, F), written with it. None: a new one.
 
         Returns:
-            The product (T, F), bit for bit the forward's unless it `rounds_again`, or None where it is not wanted.
+            The product (T, F), bit for bit the forward's, or None where it is not wanted.
         """
         d_product = torch.mm(left, right, out=out if again else None)
         self.glu_backward(d_product, gate_up, activation, d_gate_up=d_gate_up, out=d_product if again else None)

@@ -56,8 +56,8 @@ class MLPHalf(Half):
 
     def projections_changed(self) -> None:
         """Chooses who computes the GLU, for both directions: `ops.glu_matmul` where both projections let it, else the
-        GLU's own passes. So the product that backward makes again is forward's, bit for bit; or, with dropout and where
-        the matmul `rounds_again`, another one whatever is kept. Either way gradients do not depend on `recompute`."""
+        GLU's own passes. So the product that backward makes again is forward's, bit for bit; or, with dropout, another
+        one whatever is kept. Either way gradients do not depend on `recompute`."""
         ops = self.ops
         self.glu_joined = self.mlp.gate_up_proj.joins_glu and self.mlp.down_proj.joins_glu_grad
         passes = MatmulThenGLU(ops.glu_forward, ops.glu_backward)
@@ -69,12 +69,7 @@ class MLPHalf(Half):
 
     @property
     def unread(self) -> tuple[str, ...]:
-        gate_up_proj = self.mlp.gate_up_proj
-        again = self.glu.matmul.rounds_again(len(self.norm.weight) + gate_up_proj.in_room)
-        takes = {
-            "normed": gate_up_proj.takes_unnormed,
-            "product": self.mlp.down_proj.takes_unglued or again,
-        }
+        takes = {"normed": self.mlp.gate_up_proj.takes_unnormed, "product": self.mlp.down_proj.takes_unglued}
         return tuple(name for name, taken in takes.items() if taken)
 
     def up(self, normed: Tensor, *, product: bool = True, apart: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

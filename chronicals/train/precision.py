@@ -95,14 +95,11 @@ def resolve_ops(device: torch.device, dtype: torch.dtype, *, head_dim: int, dete
 
 
 def told_apart(model: Decoder) -> str:
-    """What the header adds where kernels with the GLU inside do not serve all layers, or one direction alone."""
+    """What the header adds where kernels with the GLU inside cannot serve all layers."""
     apart = sum(not layer.glu_joined for layer in model.layers if isinstance(layer, DecoderLayer))
     inside = type(model.ops.glu_matmul) is not MatmulThenGLU
     whose = "1 layer, for its adapters" if apart == 1 else f"{apart} layers, for their adapters"
-    told = [f"behind those of {whose}"] if apart else []
-    if apart < len(model.layers) and model.ops.glu_matmul.rounds_again(model.config.hidden_size):
-        told.insert(0, "backward alone, as sums are long")
-    return f" ({'; '.join(told)})" if told and inside else ""
+    return f" (behind those of {whose})" if apart and inside else ""
 
 
 def keep_freed_memory() -> None:

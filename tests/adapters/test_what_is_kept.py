@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from chronicals.adapters.lora import LoRA, dropout_counter
-from chronicals.kernels.glu_matmul import MatmulThenGLU
-from chronicals.kernels.ops import REFERENCE
 from chronicals.models.attention import AttentionHalf
 from chronicals.models.decoder import Decoder
 from chronicals.models.layer import Recompute
 from chronicals.models.mlp import MLPHalf, MLPSaved
 from tests.adapters.test_joined import ALL, POLICIES, gradients, model_of
-from tests.kernels.numerics import relative_error
 from tests.models.test_layer import loss_of
 
 LORA = LoRA(4, 8, ALL)
@@ -81,24 +78,6 @@ def test_gradients_have_the_bits_of_everything_kept(
         monkeypatch.setattr(half, "unread", ())
     expected = gradients(model)
     assert [name for name, gradient in expected.items() if not torch.equal(found[name], gradient)] == []
-
-
-class RoundsAgain(MatmulThenGLU):
-    """So the product is kept by nobody."""
-
-    def rounds_again(self, features: int) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("case", ["lora", "dropout of down", "dora of down"])
-def test_a_product_that_nobody_keeps_is_made_where_it_is_read(case: str) -> None:
-    """`full` makes DoRA's output again of it."""
-    ops = replace(REFERENCE, glu_matmul=RoundsAgain(REFERENCE.glu_forward, REFERENCE.glu_backward))
-    model, expected = built(case, ops=ops), gradients(built(case))
-    for policy in POLICIES:
-        model.set_recompute(policy)
-        for name, gradient in gradients(model).items():
-            assert relative_error(gradient, expected[name]) < 1e-5, (policy, name)
 
 
 @pytest.mark.parametrize(("case", "normed", "product"), [("lora", False, True), ("dropout of down", True, False)])

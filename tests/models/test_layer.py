@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.grad_sink import InPlace
 from chronicals.kernels.ops import REFERENCE
 from chronicals.models.config import ModelConfig
@@ -169,40 +168,6 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, policy: Recompute, kept: 
     model.set_recompute(policy)
     loss_of(model)
     assert seen == ([kept, kept] if kept else [])
-
-
-class RoundsAgain(MatmulThenGLU):
-    """Backward's product is another one than forward's."""
-
-    def rounds_again(self, features: int) -> bool:
-        return features == SIZES["hidden_size"]
-
-    def forward(self, *args: Any, product: bool = True, **options: Any) -> tuple[Tensor, Tensor | None]:
-        asked.append(product)
-        return super().forward(*args, product=product, **options)
-
-    def backward(self, *args: Any, again: bool, **options: Any) -> Tensor | None:
-        made = super().backward(*args, again=again, **options)
-        return None if made is None else made * 1.001
-
-
-asked: list[bool] = []  # of `RoundsAgain.forward`
-
-
-def test_a_product_that_is_rounded_again_is_kept_by_nobody() -> None:
-    matmul = RoundsAgain(REFERENCE.glu_forward, REFERENCE.glu_backward)
-    model = Decoder(
-        ModelConfig.from_hf(SIZES | MODELS["window"]), replace(REFERENCE, glu_matmul=matmul), dtype=torch.float64
-    )
-    model.init_weights(0)
-    found = []
-    for policy, products in (("none", []), ("light", []), ("mlp", [False] * 2), ("full", [False] * 2)):
-        model.set_recompute(policy)
-        asked.clear()
-        found.append(gradients(model))
-        assert asked == [True, True, *products], policy
-    for other in found[1:]:
-        assert_equal(other, found[0])
 
 
 @torch.no_grad()

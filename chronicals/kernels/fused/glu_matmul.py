@@ -13,10 +13,6 @@ Gate and up are rounded as they are stored, and the product is made of the round
 TMA cannot address, take the two kernels of `MatmulThenGLU`, in both directions alike: the product that backward makes
 again is forward's, bit for bit. The kernels give the same bits every time.
 
-Long sums take the two kernels forward alone: there cuBLAS' matmul is quicker than quack's by more than the pass takes
-(8192 x 4096 x 2*14336 on an H100: 2.84 ms against 3.22), where backward's three inputs and three outputs are hidden
-still (1.53 against 1.74). The two round the product differently, so layers keep none (`rounds_again`).
-
 Left out: Blackwell, where quack's epilogues compute on pairs of numbers; autotuning, whose winner varies from run to
 run; programmatic dependent launch, as quack's would read gate and up before the kernel that writes them is done.
 """
@@ -25,6 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from concurrent.futures import Future
 from functools import cache
 from importlib import metadata
@@ -52,8 +49,13 @@ class Config(NamedTuple):
 
 
 FEWEST_ROWS = 2048
-SHORT = 2048  # sums of up to so many products are cut otherwise than longer ones, which forward leaves to cuBLAS
-FORWARD_SHORT = Config(128, 192, turns=True, cluster=(1, 1))
+# for sums of up to so many products: the longer, the more loads a larger tile spares, and the less its end matters
+FORWARD = (
+    (1536, Config(128, 192, turns=True, cluster=(1, 1))),
+    (3328, Config(128, 128, turns=True, cluster=(2, 1))),
+    (sys.maxsize, Config(128, 256, turns=False, cluster=(2, 1))),
+)
+SHORT = 2048  # backward's
 BACKWARD_SHORT, BACKWARD = Config(128, 128, turns=True, cluster=(1, 2)), Config(128, 192, turns=True, cluster=(2, 1))
 
 
@@ -63,9 +65,6 @@ class HopperGLUMatmul(MatmulThenGLU):
     def __init__(self) -> None:
         super().__init__(glu.glu_forward, glu.glu_backward)
         start_import()
-
-    def rounds_again(self, features: int) -> bool:
-        return features > SHORT
 
     def forward(
         self,
@@ -79,12 +78,13 @@ class HopperGLUMatmul(MatmulThenGLU):
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         rows, width = len(left), len(right) // 2
-        if self.rounds_again(left.shape[1]) or not fits(rows, width, left, right, gate_up, out):
+        if not fits(rows, width, left, right, gate_up, out):
             return super().forward(left, right, activation, bias=bias, product=product, gate_up=gate_up, out=out)
         gate_up = left.new_empty(rows, 2 * width) if gate_up is None else gate_up
         if product and out is None:
             out = left.new_empty(rows, width)
-        launch_forward(FORWARD_SHORT, left, right.detach(), activation, bias, gate_up, out if product else None)
+        config = next(config for longest, config in FORWARD if left.shape[1] <= longest)
+        launch_forward(config, left, right.detach(), activation, bias, gate_up, out if product else None)
         return gate_up, out if product else None
 
     def backward(

@@ -21,7 +21,7 @@ from chronicals.kernels.fused import attention, glu_matmul
 from chronicals.kernels.fused.glu_matmul import (
     BACKWARD,
     BACKWARD_SHORT,
-    FORWARD_SHORT,
+    FORWARD,
     HopperGLUMatmul,
     matmul_for,
     why_not,
@@ -164,31 +164,20 @@ def test_backward(quack: ModuleType, dtype: torch.dtype, activation: str) -> Non
 
 def test_a_kernel_is_made_once_and_cut_as_the_table_says(quack: ModuleType) -> None:
     op, bf = HopperGLUMatmul(), torch.bfloat16
+    lengths = [length for longest, _ in FORWARD[:-1] for length in (longest, longest + 8)]
     for rows in (8, 16):
-        op.forward(wide(rows, HIDDEN, bf), wide(2 * WIDTH, HIDDEN, bf), "silu")
-    (forward,) = quack.forward("silu", bf, product=True, bias=False).calls
-    assert (forward["tile_M"], forward["tile_N"], forward["pingpong"]) == FORWARD_SHORT[:3]
-    assert (forward["cluster_M"], forward["cluster_N"]) == FORWARD_SHORT.cluster
-    assert forward["post_init_attrs"] == (("use_pdl", False),)
+        for hidden in lengths:
+            op.forward(wide(rows, hidden, bf), wide(2 * WIDTH, hidden, bf), "silu")
+    calls = quack.forward("silu", bf, product=True, bias=False).calls
+    for call, (_, config) in zip(calls, FORWARD, strict=True):
+        assert (call["tile_M"], call["tile_N"], call["pingpong"]) == config[:3]
+        assert (call["cluster_M"], call["cluster_N"]) == config.cluster
+        assert call["post_init_attrs"] == (("use_pdl", False),)
     for hidden, config in ((HIDDEN, BACKWARD_SHORT), (2056, BACKWARD)):
         gate_up = wide(8, 2 * WIDTH, bf)
         op.backward(wide(8, hidden, bf), wide(hidden, WIDTH, bf), gate_up, "silu", d_gate_up=gate_up, again=True)
         call = quack.backward("silu", bf, product=True, bias=False).calls[-1]
         assert (call["tile_M"], call["tile_N"], call["pingpong"]) == config[:3]
-
-
-def test_long_sums_take_the_two_kernels_forward(quack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    op, bf, launched = HopperGLUMatmul(), torch.bfloat16, list[str]()
-    launch = glu_matmul._launch
-    monkeypatch.setattr(glu_matmul, "_launch", lambda key, *args: (launched.append(key[0]), launch(key, *args)))
-    vars(op).update(glu_forward=glu_forward)  # Triton's needs a GPU
-    for hidden, kernels in ((2048, ["forward", "backward"]), (2056, ["backward"])):
-        assert op.rounds_again(hidden) == (len(kernels) == 1)
-        gate_up, product = op.forward(wide(8, hidden, bf), wide(2 * WIDTH, hidden, bf), "silu")
-        assert product is not None
-        op.backward(wide(8, hidden, bf), wide(hidden, WIDTH, bf), gate_up, "silu", d_gate_up=gate_up, again=True)
-        assert launched == kernels
-        launched.clear()
 
 
 def test_names_tell_kernels_apart_where_their_text_cannot(quack: ModuleType) -> None:
