@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from chronicals.kernels.glu_matmul import MatmulThenGLU
@@ -20,7 +19,7 @@ from chronicals.kernels.ops import Ops
 from chronicals.models.config import ModelConfig
 from chronicals.models.half import Half, Normed, Stream, kept_of
 from chronicals.models.norm import RMSNorm
-from chronicals.models.projection import GLU, Projection, outlet
+from chronicals.models.projection import GLU, Projection, outlet, with_room
 
 
 class MLP(nn.Module):
@@ -111,7 +110,8 @@ class MLPHalf(Half):
             assert normed is not None
             gate_up, _ = self.up(normed, product=False)
         y = gate_up_proj.kept_out(gate_up)
-        d_gate_up = gate_up if y is None else torch.empty_like(gate_up)
+        in_place = y is None and not down_proj.beside_glu
+        d_gate_up = gate_up if in_place else with_room(gate_up, gate_up.shape[1], gate_up_proj.out_room)
         kept = kept_of(down_proj, saved.product, saved.product_kept)
         down_proj.glu_backward(d, gate_up, self.glu, saved.product, kept, gradients, d_gate_up=d_gate_up, y=saved.delta)
         return self.behind_norm(gate_up_proj, saved, normed, d_gate_up, d, gradients, room, y)
