@@ -43,7 +43,7 @@ WIDE_RANK = 64  # up to which tiles of forward may be twice as wide
 FLOAT32_ROWS = 16  # of the same, in float32: exact products are not tensor cores', and therefore slow
 STRIP = WARP_COLUMNS * WARPS  # columns of a program that makes dx
 # programs of a multiprocessor, each with several tiles: where dx is made, or not, or goes on through a GLU
-PROGRAMS, A_PROGRAMS, GLU_PROGRAMS = 4, 5, 12
+PROGRAMS, A_PROGRAMS, GLU_PROGRAMS = 4, 5, 6
 
 
 class FusedLoRADropout(LoRADropout):

@@ -65,7 +65,7 @@ def test_forward(
     assert relative_error(gate_up, exact) <= min(TOLERANCE[dtype], 1.05 * relative_error(theirs, exact) + 2e-7)
     assert relative_error(product, exact_product) <= 1.05 * relative_error(their_product, exact_product) + 2e-7
     assert all((place[:, -64:] == 7).all() for place in places), "written beside the output"
-    alone, nothing = op.forward(left, right, activation, bias=added, product=False)
+    alone, nothing = op.forward(left, right, activation, bias=added, product=False, gate_up=place)
     assert torch.equal(alone, gate_up) and nothing is None
 
 
