@@ -53,7 +53,7 @@ def test_masks_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_recorded_eager_resumed_and_loaded_by_peft(folder: Path, variant: str) -> None:
     options = VARIANTS[variant]
-    if variant == "pissa":  # cuSOLVER's first decompositions of a process, 256 x 128, have other last bits than all later
+    if variant == "pissa":  # cuSOLVER's first decompositions of a process have other last bits than all later
         helpers.run(config_of(folder, "first", **(options | {"max_steps": 1})))
     for graph in (False, True):
         config = config_of(folder, f"graph-{graph}", cuda_graph=graph, **options)
