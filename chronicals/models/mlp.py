@@ -110,8 +110,7 @@ class MLPHalf(Half):
             assert normed is not None
             gate_up, _ = self.up(normed, product=False)
         y = gate_up_proj.kept_out(gate_up)
-        in_place = y is None and not down_proj.beside_glu
-        d_gate_up = gate_up if in_place else with_room(gate_up, gate_up.shape[1], gate_up_proj.out_room)
+        d_gate_up = gate_up if y is None else with_room(gate_up, gate_up.shape[1], gate_up_proj.out_room)
         kept = kept_of(down_proj, saved.product, saved.product_kept)
         down_proj.glu_backward(d, gate_up, self.glu, saved.product, kept, gradients, d_gate_up=d_gate_up, y=saved.delta)
         return self.behind_norm(gate_up_proj, saved, normed, d_gate_up, d, gradients, room, y)

@@ -78,7 +78,6 @@ class Projection(nn.Module):
         out_room: columns of room that `input_grad` wants behind the gradient of its output.
         takes_unnormed: whether `backward_unnormed` does without a forward's input that a norm made.
         takes_unglued: whether `glu_backward` does without a forward's input that a GLU made, while training.
-        beside_glu: whether `glu_backward` is quicker by more than its memory is worth where d_gate_up is not gate_up.
         reads_out: whether `backward` wants the output, or makes it again of the input.
         joins_glu: whether its output is one matmul of `operands`, so that the GLU behind it may be a part of that.
         joins_glu_grad: whether that GLU may be although this projection comes behind it: the gradient of its input is
@@ -90,7 +89,6 @@ class Projection(nn.Module):
     out_room = 0
     takes_unnormed = False
     takes_unglued = False
-    beside_glu = False
     reads_out = False
     joins_glu = True
     joins_glu_grad = True
