@@ -171,6 +171,9 @@ def title(name: str, section: Mapping[str, Any]) -> str:
     spec = LORA_ARMS[name] if lora else ARMS.get(name) or SFT_ARMS[name]
     parts = [(NAMES | WITH_PEFT if lora else NAMES)[spec.family]]
     parts += [spec.about] if spec.about else []
+    recompute = section["arms"].get(name, {}).get("chosen", {}).get("recompute", "light")
+    if spec.family == "ours" and recompute != "light" and "recompute" not in (spec.options or {}):
+        parts.append(f"recompute: {recompute}")
     return ", ".join(parts)
 
 

@@ -144,3 +144,15 @@ def test_kernels_stand_beside_claim_and_limit() -> None:
     assert len(row) == len(readme.KERNEL_HEAD)
     rows = readme.kernel_rows({"ops": {"glu": {"cases": [case, {"op": "glu", "error": "gate: wrong"}]}}}, short=True)
     assert rows == [row]
+
+
+def test_a_row_of_ours_says_what_it_recomputes_where_that_is_not_the_default() -> None:
+    arms = {
+        name: {"chosen": {"recompute": "mlp, 2 of 3 layers offloaded"}} for name in ("ours", "ours_mlp8", "unsloth")
+    }
+    section = {"lora": {}, "arms": arms}
+    assert readme.title("ours", section).endswith(", recompute: mlp, 2 of 3 layers offloaded")
+    assert readme.title("ours_mlp8", section).endswith(", the MLP of 8 layers recomputed")
+    assert "recompute" not in readme.title("unsloth", section)
+    arms["ours"]["chosen"]["recompute"] = "light"
+    assert "recompute" not in readme.title("ours", section)
