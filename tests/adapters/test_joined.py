@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chronicals.adapters import joined as joined_module
-from chronicals.adapters.joined import ROOM, JoinedLoRA
+from chronicals.adapters.joined import ROOM, WIDER, JoinedLoRA
 from chronicals.adapters.lora import PROJECTIONS, LoRA, adapter_tensors, add_lora
 from chronicals.adapters.unfused import LoRAProjection, Target
 from chronicals.kernels.ops import REFERENCE, Ops
@@ -83,7 +82,8 @@ def test_values_and_gradients_are_the_unfused_ones(name: str, variant: str, poli
 def test_what_is_made_beside_is_the_same(
     name: str, variant: str, policy: Recompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joined_module, "WIDER", 1)
+    monkeypatch.setattr(JoinedLoRA, "t_wider", 1)
+    monkeypatch.setattr(JoinedLoRA, "u_wider", 1)
     with nan_filled_memory():
         model = model_of(name, VARIANTS[variant])
         beside = {m.t_beside or m.u_beside for m in model.modules() if isinstance(m, JoinedLoRA)}
@@ -187,9 +187,10 @@ def test_nothing_unwritten_is_read(variant: str, policy: Recompute) -> None:
         assert all(bool(gradient.isfinite().all()) for gradient in gradients(model).values())
 
 
-@pytest.mark.parametrize("wider", [joined_module.WIDER, 1])
+@pytest.mark.parametrize("wider", [WIDER, 1])
 def test_bf16_is_as_near_to_float64_as_unfused(wider: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joined_module, "WIDER", wider)
+    monkeypatch.setattr(JoinedLoRA, "t_wider", wider)
+    monkeypatch.setattr(JoinedLoRA, "u_wider", wider)
     lora = VARIANTS["all"]
     exact = gradients(model_of("window", lora))
     errors = {}

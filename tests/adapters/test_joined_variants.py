@@ -65,6 +65,15 @@ def test_values_and_gradients_are_the_unfused_ones(targets: str, kind: str, poli
     assert_alike(joined, unfused)
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_dropout_with_columns_to_spare_and_without(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """v comes out of the matmul that makes dx, or of one of its own."""
+    monkeypatch.setattr(JoinedDropout, "u_wider", 0 if beside else None)
+    models = pair(MODELS[0], variant_of("dropout"))
+    assert {m.u_beside for m in models[0].modules() if isinstance(m, JoinedDropout)} == {beside}
+    assert_alike(*models)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_other_models(kind: str) -> None:
     assert_alike(*pair(MODELS[1], variant_of(kind)))

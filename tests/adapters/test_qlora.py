@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch import nn
 
-from chronicals.adapters import joined as joined_module
 from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.joined_nf4 import JoinedNF4LoRA
 from chronicals.adapters.lora import PROJECTIONS, LoRA, add_lora, all_linear
@@ -72,7 +71,8 @@ def theirs_of(base: Path, targets: list[str] | None, folder: Path, **options: An
 def test_logits_loss_and_every_gradient(
     base: Path, targets: str, joined: Collection[str], wider: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joined_module, "WIDER", wider)
+    monkeypatch.setattr(JoinedLoRA, "t_wider", wider)
+    monkeypatch.setattr(JoinedLoRA, "u_wider", wider)
     theirs, ours = theirs_of(base, PARTS[targets], tmp_path), load_model(base)
     add_lora(ours, LoRA(3, 6, tuple(PARTS[targets] or all_linear(ours.config))), joined=joined)
     fill_adapter(ours, tmp_path)
