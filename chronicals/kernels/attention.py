@@ -220,7 +220,7 @@ class TorchVarlen(AttentionBackend):
         unused = torch.empty(0, device=q.device)
         bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         grads = torch.ops.aten._flash_attention_backward(
-            d_out, q, k, v, out, lse, *bounds, 0.0, True, state, unused, **_torch_options(**options)
+            d_out.contiguous(), q, k, v, out, lse, *bounds, 0.0, True, state, unused, **_torch_options(**options)
         )
         for view, grad in zip((dq, dk, dv), grads, strict=True):
             view.copy_(grad)

@@ -75,7 +75,8 @@ class AttentionBackend(ABC):
     ) -> None:
         """Writes every row of dq (T, Nq, D) and dk, dv (T, Nk, D): views of a buffer of the caller's, never of q, k, v.
 
-        d_out (T, Nq, D) is contiguous; out and lse are what `forward` returned.
+        d_out (T, Nq, D) has a token's heads side by side, and rows that may lie apart, as a matmul left them that made
+        more columns beside; out and lse are what `forward` returned.
         """
 
 

@@ -114,6 +114,9 @@ def test_an_output_with_room_behind_its_rows(options: dict[str, float]) -> None:
         parts = d_packed.split((4, 2, 2), dim=1)
         backend.backward(d_out, q, k, v, attended, lse, cu_seqlens, 40, *parts, **options)
     assert torch.equal(d_wide, d_plain)
+    d_room = torch.full_like(wide, torch.nan)[:, :32].unflatten(1, (4, 8)).copy_(d_out)  # as a matmul may leave it
+    backend.backward(d_room, q, k, v, out, lse, cu_seqlens, 40, *d_wide.split((4, 2, 2), dim=1), **options)
+    assert relative_error(d_wide, d_plain) < 1e-12
 
 
 @pytest.mark.parametrize("softcap", [None, 0.5])
