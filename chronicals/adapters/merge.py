@@ -22,11 +22,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from chronicals.adapters.lora import LoRA
-from chronicals.adapters.peft_files import WEIGHTS_FILE
+from chronicals.adapters.peft_files import read_tensors
 from chronicals.models.hf import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -40,7 +39,7 @@ from chronicals.models.shards import FLOATS, write_tensors
 
 _KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
 _WHOLE = "whole"  # the kind of a tensor that takes the base's place
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float, magnitude: Tensor | None = None) -> Tensor:
@@ -79,7 +78,7 @@ def merge_weights(
             tied head is not.
         adapter: folder of an adapter that `load_adapter` takes for it.
         out: where to write.
-        lora: what `read_lora` says of the adapter.
+        lora: what `load_adapter` says of the adapter.
         dtype: of the merged checkpoint; that of each tensor in the base by default.
         check: called with each of the base's tensors, by name, before it is written.
 
@@ -87,19 +86,19 @@ def merge_weights(
         Name -> dtype of the weights that an adapter was merged into.
     """
     config = read_config(base)
-    adapters = _by_weight(load_file(adapter / WEIGHTS_FILE))
+    adapters = _by_weight(read_tensors(adapter))
     stored = checkpoint_tensors(base)
     if config.get("tie_word_embeddings"):
-        if not lora.ensure_weight_tying and adapters.keys() & {_EMBEDDING, _HEAD}:
-            stored.setdefault(_HEAD, stored[_EMBEDDING])
+        if not lora.ensure_weight_tying and adapters.keys() & {EMBEDDING, HEAD}:
+            stored.setdefault(HEAD, stored[EMBEDDING])
             config["tie_word_embeddings"] = False
         else:
-            stored.pop(_HEAD, None)
-            adapters.pop(_HEAD, None)  # the embedding once more
+            stored.pop(HEAD, None)
+            adapters.pop(HEAD, None)  # the embedding once more
     assert adapters.keys() <= stored.keys(), "load_adapter accepts no others"
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     shapes |= {name: tuple(parts[_WHOLE].shape) for name, parts in adapters.items() if _WHOLE in parts}
-    config["vocab_size"] = shapes[_EMBEDDING][0]
+    config["vocab_size"] = shapes[EMBEDDING][0]
     in_order = sorted(stored, key=lambda name: (stored[name].file, stored[name].start))
     dtypes = {name: dtype or FLOATS[stored[name].dtype] for name in stored}
     for file, group in itertools.groupby(in_order, key=lambda name: stored[name].file):
@@ -141,7 +140,7 @@ def _merged_tensors(
     """These tensors of one of the base's files, merged and rounded."""
     with safe_open(file, framework="pt") as stored:
         for name, (dtype, _) in told.items():
-            weight = stored.get_tensor(_EMBEDDING if name == _HEAD and name not in stored.keys() else name)  # noqa: SIM118
+            weight = stored.get_tensor(EMBEDDING if name == HEAD and name not in stored.keys() else name)  # noqa: SIM118
             check(name, weight)
             parts = adapters.get(name, {_WHOLE: weight})
             if _WHOLE in parts:

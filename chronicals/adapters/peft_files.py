@@ -1,12 +1,17 @@
 """Adapters on disk as PEFT has them: `adapter_config.json` and `adapter_model.safetensors`, in and out, strict.
 
 What PEFT can say and we do not compute is refused by its name. Left out: adapters stored as pickles.
+
+Where the vocabulary had grown before PEFT came, its file holds embedding and head, whatever `modules_to_save` says:
+they are taken for modules that were trained whole. What is saved anyway is there again, by its names in PEFT's memory.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from chronicals.models.shards import stored_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _VOCABULARY = (f"{PEFT_PREFIX}model.embed_tokens.weight", f"{PEFT_PREFIX}lm_head.weight")
+_IN_MEMORY = re.compile(r"\.(modules_to_save|original_module)(?=\.weight$)")
 # keys of adapter_config.json that change what is computed -> what they hold where they do not
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (None, False),
@@ -182,8 +188,8 @@ def load_adapter(model: Decoder, folder: Path) -> LoRA:
 
     Raises UserError where its files are missing or damaged, do not fit the model, or ask for what is not computed here.
     """
-    lora = read_lora(folder, model.config)
-    stored = _load(folder)
+    lora, stored = read_lora(folder, model.config), read_tensors(folder)
+    lora = _with_vocabulary(lora, stored)
     model.resize_token_embeddings(vocabulary_rows(folder) or model.config.vocab_size)
     try:
         add_lora(model, lora)
@@ -206,20 +212,40 @@ def vocabulary_rows(folder: Path) -> int | None:
 def fill_adapter(model: Decoder, folder: Path, *, taken_out: bool = False) -> None:
     """Makes of a model with new adapters beside weights as they are on disk what it was when `save_adapter` wrote
     `folder`. `taken_out`: something was taken out of the weights then."""
-    stored = _load(folder)
+    stored = read_tensors(folder)
     if taken_out:
         take_out(model, stored)
     _fill(model, stored, folder / WEIGHTS_FILE)
 
 
-def _load(folder: Path) -> dict[str, Tensor]:
+def _with_vocabulary(lora: LoRA, stored: Collection[str]) -> LoRA:
+    """With embedding and head where the file holds them beside what is saved; both are as tied as in the model."""
+    added = [name for name in _VOCABULARY if name in stored and not lora.saves(_module(name))]
+    saved = (*lora.modules_to_save, *(_module(name).rpartition(".")[2] for name in added))
+    both = len(added) == len(_VOCABULARY)
+    return replace(lora, modules_to_save=saved, ensure_weight_tying=lora.ensure_weight_tying or both)
+
+
+def _module(tensor: str) -> str:
+    return tensor.removeprefix(PEFT_PREFIX).removesuffix(".weight")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the adapter in `folder`, by PEFT's names. Raises UserError where they are missing or damaged."""
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise UserError(f"there is no {WEIGHTS_FILE}", "save the adapter as safetensors", file=file)
     try:
-        return load_file(file)
+        stored = load_file(file)
     except SafetensorError as error:
         raise UserError(f"the file is damaged: {error}", "get it again", file=file) from error
+    return {name: tensor for name, tensor in stored.items() if in_memory(name) not in stored}
+
+
+def in_memory(name: str) -> str | None:
+    """The name in a file of a tensor that has this one in PEFT's memory, where they differ."""
+    plain = _IN_MEMORY.sub("", name)
+    return None if plain == name else plain
 
 
 def _fill(model: Decoder, stored: Mapping[str, Tensor], file: Path) -> None:

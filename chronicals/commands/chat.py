@@ -169,7 +169,7 @@ def _beside(model: Any, base: Path, adapter: Path) -> Any:
     """The base model with the adapter beside it, its vocabulary made as large as the adapter has rows."""
     from peft import PeftModel
 
-    from chronicals.adapters.peft_files import vocabulary_rows
+    from chronicals.adapters.peft_files import in_memory, vocabulary_rows
 
     if not any((adapter / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
         raise UserError("the adapter's weights are missing (adapter_model.safetensors)", "get them again", file=adapter)
@@ -184,7 +184,8 @@ def _beside(model: Any, base: Path, adapter: Path) -> Any:
     except RuntimeError as error:
         raise UserError(f"it does not fit the base model {base} ({error})", mend, file=adapter) from error
     told = beside.load_adapter(adapter, "default")  # once more, as it alone tells of tensors that do not fit
-    for what, names in (("is missing", told.missing_keys), ("belongs to no target", told.unexpected_keys)):
+    foreign = [name for name in told.unexpected_keys if in_memory(name) is None]
+    for what, names in (("is missing", told.missing_keys), ("belongs to no target", foreign)):
         if names:
             name = names[0].replace(".default", "")
             raise UserError(f"tensor {name} {what}", f"get the adapter's files again, or {mend}", file=adapter)

@@ -24,7 +24,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -183,29 +183,39 @@ def _check_free(out: Path) -> None:
 
 @contextmanager
 def _aside(out: Path, needed: int) -> Iterator[Path]:
-    """A folder beside `out` with room for `needed` bytes; what is left of it afterwards is removed, also when the
-    process is asked to stop."""
+    """A folder beside `out` with room for `needed` bytes; what is left of it afterwards is removed, with the folders
+    around it that were made for it and are empty, also when the process is asked to stop."""
     place = out.absolute()
     folder = place.with_name(f".{place.name}.merging-{os.getpid()}")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{out} would be inside a file, {error.filename}", "choose another --out") from error
-    free = shutil.disk_usage(place.parent).free
-    if free < needed:
-        raise UserError(
-            f"the merged model takes {needed / 2**30:.1f} GiB, {place.parent} has {free / 2**30:.1f} left",
-            "free space or choose another --out",
-        )
+    new = [parent for parent in place.parents if not parent.exists()]
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)) if main else None
-    folder.mkdir()
     try:
+        _make_room(out, needed)
+        folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in new:
+            with suppress(OSError):  # not empty
+                parent.rmdir()
         if main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _make_room(out: Path, needed: int) -> None:
+    """Makes the folders around `out`. Raises UserError where they or `needed` bytes cannot be."""
+    parent = out.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{out} would be inside a file, {error.filename}", "choose another --out") from error
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            f"the merged model takes {needed / 2**30:.1f} GiB, {parent} has {free / 2**30:.1f} left",
+            "free space or choose another --out",
+        )
 
 
 def _publish(aside: Path, out: Path) -> None:
@@ -220,9 +230,10 @@ def _publish(aside: Path, out: Path) -> None:
 
 def _same_base(adapter: Path, base: Path) -> Callable[[str, Tensor], None]:
     """Raises UserError for a tensor of the base whose digest, in the dtype that was trained in, is another than the
-    run's; PEFT's adapters have none."""
+    run's, a head's than the one it was tied to; PEFT's adapters have none."""
     import torch
 
+    from chronicals.adapters.merge import EMBEDDING, HEAD
     from chronicals.train.checkpoint import STATE_FILE
     from chronicals.train.digest import hex_digests
     from chronicals.train.state import load_state
@@ -232,7 +243,8 @@ def _same_base(adapter: Path, base: Path) -> Callable[[str, Tensor], None]:
 
     def check(name: str, tensor: Tensor) -> None:
         dtypes = dict.fromkeys((tensor.dtype, torch.bfloat16, torch.float32, torch.float16))
-        if name in known and not any(hex_digests([tensor.to(dtype)])[0] == known[name] for dtype in dtypes):
+        wanted = known.get(name, known.get(EMBEDDING) if name == HEAD else None)
+        if wanted and not any(hex_digests([tensor.to(dtype)])[0] == wanted for dtype in dtypes):
             raise UserError(
                 f"it has other weights than the adapter was trained beside: {name} differs",
                 "name the right one: --base DIR",

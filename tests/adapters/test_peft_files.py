@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from chronicals.adapters.lora import (
@@ -18,6 +19,7 @@ from chronicals.adapters.lora import (
     check_targets,
 )
 from chronicals.adapters.peft_files import load_adapter, save_adapter
+from chronicals.commands.merge import merge
 from chronicals.errors import UserError
 from chronicals.models.hf import load_model
 from tests.adapters.peft_models import TOLERANCE, VARIANTS, plain
@@ -51,6 +53,51 @@ def test_peft_loads_what_we_save(base: tuple[str, Path], variant: str, tmp_path:
         without = reference_logits_and_loss(reference(name), documents())[0]
     assert relative_error(logits, expected) < TOLERANCE
     assert relative_error(logits, without) > 1000 * TOLERANCE
+
+
+def resized_by_peft(base: Path, saved: list[str], folder: Path, *, tying: bool = False) -> torch.nn.Module:
+    """PEFT's model of three tokens more than its base, saved in `folder`: the file holds embedding and head, whatever
+    `modules_to_save` says, and what is saved anyway once more by its names in memory."""
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=saved or None,
+        ensure_weight_tying=tying,
+        task_type="CAUSAL_LM",
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    theirs = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    with pytest.warns(UserWarning, match="has been resized"):
+        theirs.save_pretrained(folder)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize(
+    ("saved", "tying"),
+    [([], False), (["embed_tokens"], False), (["embed_tokens", "lm_head"], False), (["embed_tokens"], True)],
+)
+def test_a_vocabulary_that_grew_before_peft_came(
+    base: tuple[str, Path], saved: list[str], tying: bool, tmp_path: Path
+) -> None:
+    name, folder = base
+    if tying and name != "qwen2-tied":
+        saved = ["embed_tokens", "lm_head"]
+    theirs, ours = resized_by_peft(folder, saved, tmp_path / "adapter", tying=tying), load_model(folder)
+    load_adapter(ours, tmp_path / "adapter")
+    streams = documents(vocab_size=104)
+    with torch.no_grad():
+        logits, expected = logits_and_loss(ours, streams)[0], reference_logits_and_loss(theirs, streams)[0]
+    assert ours.config.vocab_size == 104 and relative_error(logits, expected) < TOLERANCE
+    report = merge(str(tmp_path / "adapter"), tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+    assert merged.config.tie_word_embeddings == (name == "qwen2-tied" and (tying or not saved))
+    with torch.no_grad():
+        assert report.passed and relative_error(reference_logits_and_loss(merged, streams)[0], expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.layers\.[01]\.self_attn\.(q|o)_proj"])

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -146,6 +147,18 @@ def test_an_adapter_with_more_tokens_than_its_base_model(
         ask(tmp_path / str(extra), "hello")
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != "\n"
+
+
+def test_an_adapter_of_a_vocabulary_that_peft_found_grown(folder: Path, tmp_path: Path) -> None:
+    """Its file has embedding and head once more, under their names in PEFT's memory."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
+    )
+    with pytest.warns(UserWarning, match="has been resized"):
+        peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    ask(tmp_path, "hello")
 
 
 def test_an_adapter_of_another_model_is_told(folder: Path, tmp_path: Path) -> None:

@@ -159,11 +159,29 @@ def test_a_wrong_delta_is_caught_and_nothing_is_left(
 ) -> None:
     right = weights.merged
     monkeypatch.setattr(weights, "merged", lambda w, a, b, s, *rest: right(w, a, b, factor * s, *rest))
-    assert run(["merge", "adapter", "--out", "out"]) == 1
+    assert run(["merge", "adapter", "--out", "models/new/out"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the merged model differs from base model and adapter: logits by ")
     assert "most of it from layer 0" in line and line.endswith("nothing was kept")
     assert nothing_is_left(user)
+
+
+def test_the_head_of_another_base_is_told(tmp_path: Path) -> None:
+    """All that the run recorded is the same, and what it tied to the embedding is not."""
+    base = helpers.make_model(tmp_path / "model")
+    helpers.make_chats(tmp_path / "chats.jsonl")
+    helpers.run(helpers.make_config(tmp_path, adapter="lora", max_steps=2))
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    edit_config(other, tie_word_embeddings=False)
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert merge(str(tmp_path / "out"), tmp_path / "merged", base=str(other)).passed
+    weights["lm_head.weight"][3] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"other weights than the adapter was trained beside: lm_head\.weight differs"):
+        merge(str(tmp_path / "out"), tmp_path / "again", base=str(other))
 
 
 def test_the_layer_is_named(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +261,7 @@ def test_without_a_tokenizer_of_its_own_the_bases_is_taken(user: Path) -> None:
 
 def test_what_cannot_be_merged(user: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*arguments: str) -> str:
-        out = () if "--out" in arguments else ("--out", "out")
+        out = () if "--out" in arguments else ("--out", "models/new/out")
         assert run(["merge", *arguments, *out]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert nothing_is_left(user, *names)
@@ -342,11 +360,11 @@ def test_a_full_disk(user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(weights, "write_tensors", full)
-        assert run(["merge", "adapter", "--out", "out"]) == 2
+        assert run(["merge", "adapter", "--out", "models/out"]) == 2
     assert "No space left on device; free some space, or choose another disk" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, 100))
     with pytest.raises(UserError, match=r"the merged model takes 0\.0 GiB, .* has 0\.0 left; free space or choose"):
-        merge("adapter", Path("out"))
+        merge("adapter", Path("models/out"))
     assert nothing_is_left(user)
 
 
@@ -359,7 +377,7 @@ def test_a_signal_leaves_nothing_behind(user: Path, number: signal.Signals, monk
     monkeypatch.setattr(weights, "write_tensors", stopped)
     before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        code = run(["merge", "adapter", "--out", "out"])
+        code = run(["merge", "adapter", "--out", "models/out"])
     except SystemExit as stop:
         code = stop.code
     finally:
