@@ -192,6 +192,9 @@ def check_lora(lora: LoRA, config: ModelConfig) -> None:
     for name in () if isinstance(lora.exclude_modules, str) else lora.exclude_modules:
         if not any(_named((name,), module) for module in modules):
             raise UserError(f"lora_exclude_modules: the model has no linear layer {name!r}", "remove it")
+    if isinstance(lora.exclude_modules, str) and not any(_named(lora.exclude_modules, module) for module in modules):
+        reason = f"lora_exclude_modules: {lora.exclude_modules!r} matches no linear layer's whole name"
+        raise UserError(reason, f"write a list, or an expression for names such as {modules[0]}")
     for layer in lora.layers_to_transform or ():
         if not 0 <= layer < config.num_hidden_layers:
             last = config.num_hidden_layers - 1
@@ -207,6 +210,16 @@ def check_lora(lora: LoRA, config: ModelConfig) -> None:
         for expression in pattern:
             if not any(_ends_in(expression, target) for target in targets):
                 raise UserError(f"{key}: {expression!r} fits no target", f"targets are such as {targets[0]}")
+    biased = targets if lora.bias == "lora_only" else modules
+    if lora.bias != "none" and not any(_has_bias(module, config) for module in biased):
+        raise UserError(f"lora_bias: {lora.bias} trains nothing, as the model has no such biases", "remove it")
+
+
+def _has_bias(module: str, config: ModelConfig) -> bool:
+    """Whether the linear layer of this Hugging Face name has one."""
+    if ".mlp." in module:
+        return config.mlp_bias
+    return config.o_bias if module.endswith(".o_proj") else config.qkv_bias
 
 
 def _check_saved(lora: LoRA, config: ModelConfig) -> None:

@@ -258,6 +258,8 @@ def _fill(model: Decoder, stored: Mapping[str, Tensor], file: Path) -> None:
                 "give the base model that it was trained on",
                 file=file,
             )
+        if not stored[name].is_floating_point():
+            raise UserError(f"{name} is stored as {stored[name].dtype}, not in floating point", "save it so", file=file)
         target.copy_(stored[name])
 
 

@@ -185,7 +185,7 @@ def _check_free(out: Path) -> None:
 def _aside(out: Path, needed: int) -> Iterator[Path]:
     """A folder beside `out` with room for `needed` bytes; what is left of it afterwards is removed, with the folders
     around it that were made for it and are empty, also when the process is asked to stop."""
-    place = out.absolute()
+    place = out.resolve()  # a link may name it
     folder = place.with_name(f".{place.name}.merging-{os.getpid()}")
     new = [parent for parent in place.parents if not parent.exists()]
     main = threading.current_thread() is threading.main_thread()
@@ -205,7 +205,7 @@ def _aside(out: Path, needed: int) -> Iterator[Path]:
 
 def _make_room(out: Path, needed: int) -> None:
     """Makes the folders around `out`. Raises UserError where they or `needed` bytes cannot be."""
-    parent = out.absolute().parent
+    parent = out.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -221,7 +221,7 @@ def _make_room(out: Path, needed: int) -> None:
 def _publish(aside: Path, out: Path) -> None:
     """Gives the folder its name, which by now another merge may have taken."""
     try:
-        aside.rename(out)  # onto an empty folder too
+        aside.rename(out.resolve())  # onto an empty folder too
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise

@@ -33,13 +33,21 @@ class Adapter:
 
 
 def quantization_of(config: TrainConfig, model: ModelConfig) -> NF4 | None:
-    """What becomes of the layers' weights on load. Raises UserError where they would be trained in 4 bits."""
+    """What becomes of the layers' weights on load. Raises UserError where they would be trained in 4 bits, or are in
+    other 4 bits already."""
     if config.adapter is None and model.quantization is not None:
         raise UserError(
             f"base_model {config.base_model} is quantised, and weights in 4 bits cannot be trained",
             "set `adapter: qlora`, or name the 16-bit model",
         )
     bnb = config.bnb_config_kwargs
+    if bnb is not None and model.quantization not in (None, NF4(bnb.bnb_4bit_use_double_quant)):
+        told, done = ("true", "without it") if bnb.bnb_4bit_use_double_quant else ("false", "with it")
+        raise UserError(
+            f"bnb_config_kwargs: bnb_4bit_use_double_quant is {told}, and base_model {config.base_model} is quantised "
+            f"already, {done}",
+            "remove bnb_config_kwargs",
+        )
     return NF4(bnb is None or bnb.bnb_4bit_use_double_quant) if config.load_in_4bit else None
 
 

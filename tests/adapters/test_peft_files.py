@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from chronicals.adapters.lora import (
     LoRA,
@@ -165,6 +165,10 @@ def test_files_that_are_missing_or_damaged(base: tuple[str, Path], tmp_path: Pat
     with pytest.raises(UserError, match=r"there is no adapter_config\.json"):
         load_adapter(load_model(base[1]), tmp_path)
     save_adapter(ours, lora, tmp_path, base_model="m")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: tensor.to(torch.int8) for key, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"lora_A\.weight is stored as torch\.int8, not in floating point"):
+        load_adapter(load_model(base[1]), tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: the file is damaged"):
         load_adapter(load_model(base[1]), tmp_path)

@@ -332,6 +332,12 @@ def test_a_machine_without_the_room(
 def test_an_empty_folder_is_a_place_too(user: Path) -> None:
     (user / "out").mkdir()
     assert merge("adapter", Path("out")).passed
+    (user / "disk").mkdir()
+    for name in ("disk", "not there"):
+        (user / "link").symlink_to(user / name)
+        assert merge("adapter", Path("link")).passed
+        assert (user / "link").is_symlink() and (user / name / "config.json").is_file()
+        (user / "link").unlink()
 
 
 @pytest.mark.parametrize("as_file", [False, True])

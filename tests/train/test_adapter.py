@@ -284,6 +284,21 @@ def test_bf16_adapters_pass_the_guard(folder: Path, optimizer: str) -> None:
     [
         ({"lora_target_modules": ["q_prj"]}, "the model has no linear layer 'q_prj'; did you mean 'q_proj'?"),
         ({"lora_target_modules": ["lm_head"]}, "adapters of lm_head are not supported yet"),
+        ({"lora_exclude_modules": ["qproj"]}, "lora_exclude_modules: the model has no linear layer 'qproj'; remove it"),
+        ({"lora_exclude_modules": "q_proj"}, "lora_exclude_modules: 'q_proj' matches no linear layer's whole name;"),
+        ({"lora_exclude_modules": ".*"}, "no linear layer of the model is a target; see lora_target_modules"),
+        ({"peft_layers_to_transform": [1, 2]}, "peft_layers_to_transform: there is no layer 2; layers are 0 to 1"),
+        ({"peft_layers_to_transform": -1}, "peft_layers_to_transform: there is no layer -1; layers are 0 to 1"),
+        ({"peft_layers_to_transform": 0, "peft_layers_pattern": "h"}, "no linear layer of the model is a target; see"),
+        ({"lora_rank_pattern": {"q_prj": 2}}, "lora_rank_pattern: 'q_prj' fits no target; targets are such as model."),
+        ({"lora_alpha_pattern": {"q": 2}}, "lora_alpha_pattern: 'q' fits no target; targets are such as model."),
+        ({"lora_modules_to_save": ["embed"]}, "lora_modules_to_save: the model has no module 'embed'; use "),
+        ({"lora_modules_to_save": ["proj"]}, "lora_modules_to_save: 'proj' takes in model.layers.0.self_attn.q_proj,"),
+        (
+            {"lora_bias": "lora_only", "lora_target_modules": ["o_proj", "up_proj"]},
+            "lora_bias: lora_only trains nothing, as the model has no such biases; remove it",
+        ),
+        ({"peft_init_lora_weights": "pissa", "lora_r": 33}, "lora_r: rank 33 of a weight of (32, 32), which pissa"),
         (
             {"tokens": [f"<|new{i}|>" for i in range(9)]},
             "the tokenizer has 9 tokens more than the model, and an adapter without embeddings",

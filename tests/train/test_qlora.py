@@ -142,6 +142,9 @@ def test_a_model_that_is_quantised_already(folder: Path) -> None:
         helpers.run(config)
         losses.append([row["loss"] for row in helpers.rows(config)])
     assert losses[0] == losses[1]
+    other = {"bnb_4bit_use_double_quant": False}
+    with pytest.raises(UserError, match=r"double_quant is false, and base_model .*nf4 is quantised already, with it;"):
+        helpers.run(qlora_config(folder, base_model=str(folder / "nf4"), bnb_config_kwargs=other))
     with pytest.raises(UserError) as caught:
         helpers.run(helpers.make_config(folder, base_model=str(folder / "nf4")))
     assert str(caught.value) == (
