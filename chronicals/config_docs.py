@@ -153,8 +153,9 @@ Accepted in place of ours, so that most existing files run as they are. The same
 
 {aliases}
 
-`report_to` (`none`, `tensorboard`, `wandb`, `all` or a list) sets `use_tensorboard` and `use_wandb`. Values of
-other tools work too: {values}.
+`report_to` (`none`, `tensorboard`, `wandb`, `all` or a list) sets `use_tensorboard` and `use_wandb`;
+`assistant_only_loss` and `completion_only_loss` set `train_on_inputs` to the opposite. Values of other tools work
+too: {values}.
 
 ## Accepted, without effect
 

@@ -51,7 +51,7 @@ class Names:
 
     def resolve(self) -> dict[str, Any]:
         """The source's data under the schema's names; fills `notes`."""
-        data = _offloading(self, _plugins(self, _report_to(self, dict(self.source.data))))
+        data = _offloading(self, _plugins(self, _answers_only(self, _report_to(self, dict(self.source.data)))))
         self.values = self._mapping(self.model, data, (), _TOP)
         for key, model in self.nested.items():
             value = self.values.get(key)
@@ -80,6 +80,7 @@ class Names:
         self, model: type[BaseModel], data: Mapping[Any, Any], path: KeyPath, names: _Tables
     ) -> dict[str, Any]:
         result: dict[str, Any] = {}
+        refused: list[tuple[KeyPath, str]] = []
         fields = model.model_fields
         for key, raw in data.items():
             name = names.aliases.get(key, key) if isinstance(key, str) else key
@@ -95,7 +96,7 @@ class Names:
             elif key in names.unsupported:
                 if not (raw is None or raw is False or raw in ("", [], {})):
                     mend = names.unsupported[key] or "remove it, or set it to null"
-                    raise self.source.error((*self.as_written(path), key), f"{key} is known but not supported", mend)
+                    refused.append(((*self.as_written(path), key), mend))
                 continue
             else:
                 raise self._unknown(key, path, fields, names)
@@ -108,7 +109,19 @@ class Names:
                 )
             self.written.setdefault((*path, name), (*self.as_written(path), key))
             result[name] = {**result.get(name, {}), **value} if inner else value
+        if refused:
+            raise self._refused(refused)
         return result
+
+    def _refused(self, keys: list[tuple[KeyPath, str]]) -> UserError:
+        """The first of the keys that are not supported, with its mend, and where the others are."""
+        (path, mend), *others = keys
+        for i, (other, _) in enumerate(others):
+            place = self.source.place(other)
+            mend += f"{', ' if i else '; nor is '}{other[-1]}" + (
+                f" (line {place.line})" if place and place.line else ""
+            )
+        return self.source.error(path, f"{path[-1]} is known but not supported", mend)
 
     def _value(self, model: type[BaseModel], name: str, raw: Any, names: _Tables) -> Any:
         annotation = hint(model, name)
@@ -184,6 +197,20 @@ def _report_to(names: Names, data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def _answers_only(names: Names, data: dict[str, Any]) -> dict[str, Any]:
+    """TRL's `assistant_only_loss` and `completion_only_loss` as `train_on_inputs`, which says the opposite."""
+    for key in ("assistant_only_loss", "completion_only_loss"):
+        value = data.pop(key, None)
+        if value is None:
+            continue
+        if data.get("train_on_inputs") is not None:
+            first = names.as_written(("train_on_inputs",))[-1]
+            raise names.source.error((key,), f"{key} and {first} are about the same", "remove one of them")
+        data["train_on_inputs"] = not value if isinstance(value, bool) else value
+        names.written[("train_on_inputs",)] = (key,)
+    return data
+
+
 def _plugins(names: Names, data: dict[str, Any]) -> dict[str, Any]:
     """Without Axolotl's plugins that are about speed alone: a note. What is left of `plugins` is not supported."""
     plugins = data.get("plugins")
@@ -195,7 +222,7 @@ def _plugins(names: Names, data: dict[str, Any]) -> dict[str, Any]:
 
 def _offloading(names: Names, data: dict[str, Any]) -> dict[str, Any]:
     """Unsloth's and Axolotl's checkpointing that offloads: `activation_offloading` beside what `tables.VALUES` says."""
-    for key in ("gradient_checkpointing", "recompute"):
+    for key in ("gradient_checkpointing", "use_gradient_checkpointing", "recompute"):
         if data.get(key) in ("unsloth", "offload", "offload_disk") and "activation_offloading" not in data:
             data["activation_offloading"] = True
             names.written[("activation_offloading",)] = (key,)

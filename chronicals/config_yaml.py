@@ -62,12 +62,15 @@ class Source:
 
 def read(file: Path) -> Source:
     """The YAML mapping in `file`. UserError where it is missing, no UTF-8, no YAML, no mapping, or has a key twice."""
+    if file.suffix in (".jsonl", ".csv", ".parquet", ".arrow"):
+        raise UserError(f"{file} is data, not a job", f"write one: chronicals init --model MODEL --data {file}")
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"no such file: {file}", "check the path, or write one with `chronicals init`") from None
     except IsADirectoryError:
-        raise UserError(f"{file} is a folder", "name the YAML file in it") from None
+        run = file / "config.yaml"
+        raise UserError(f"{file} is a folder", f"name {run}" if run.is_file() else "name the YAML file in it") from None
     except PermissionError:
         raise UserError(f"{file} may not be read", "check its permissions") from None
     except UnicodeDecodeError as error:

@@ -90,9 +90,10 @@ def _explained(error: BaseException, repo: str, what: str) -> UserError:
             return UserError(f"the Hugging Face Hub answers {status} for {repo}", "try again later")
         case _:
             why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hugging Face Hub cannot be reached"
+            kind = "--repo-type dataset " if what == "dataset" else ""
             return UserError(
                 f"{repo} is no folder here, is not in the local cache, and {why}",
-                f"connect to the network, or run `hf download {repo}` where there is one and give that folder",
+                f"connect to the network, or run `hf download {kind}{repo}` where there is one and give that folder",
             )
 
 

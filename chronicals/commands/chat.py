@@ -28,11 +28,12 @@ def chat(
     Raises:
         UserError: no model there, an empty question, or a system message for a model without a chat template.
     """
+    path = model_folder(folder)
     interactive = prompt is None and sys.stdin.isatty()
     question = prompt if prompt is not None or interactive else sys.stdin.read()
     if question is not None and not question.strip():
         raise UserError("the question is empty", "give one with --prompt or on stdin")
-    partner = Partner(model_folder(folder), system, max_new_tokens, temperature)
+    partner = Partner(path, system, max_new_tokens, temperature)
     if question is not None:
         partner.answer(question.strip("\n"))
         return
@@ -180,6 +181,7 @@ def _beside(model: Any, base: Path, adapter: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below
+            warnings.simplefilter("ignore", FutureWarning)  # peft's calls of what transformers will drop
             beside = PeftModel.from_pretrained(model, adapter)
     except RuntimeError as error:
         raise UserError(f"it does not fit the base model {base} ({error})", mend, file=adapter) from error

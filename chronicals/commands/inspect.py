@@ -107,11 +107,12 @@ def _lengths(console: Console, documents: Documents, sequence_len: int) -> None:
 
 
 def _packing(console: Console, config: TrainConfig, documents: Documents, *, has_eval: bool) -> None:
-    """Bins, fill and steps under each packing; the arrow is what the config asks for."""
+    """Bins, fill and steps under each packing, the arrow at what the config asks for; then the notes of a run."""
     from chronicals.data.loader import Loader
     from chronicals.train.plan import Plan
 
     chosen = config.packing_algorithm if config.sample_packing else "none"
+    notes = config.notes
     _heading(console, "Packing")
     for algorithm in ("bfd", "ffd", "none"):
         loader = Loader(
@@ -128,8 +129,12 @@ def _packing(console: Console, config: TrainConfig, documents: Documents, *, has
             f"{'->' if algorithm == chosen else '  '} {algorithm:<5} {loader.stats.bins:>9,} bins, "
             f"{loader.stats.fill:>6.1%} filled, {loader.steps_per_epoch:,} steps an epoch, {plan.total_steps:,} in all",
         )
+        if algorithm == chosen:
+            notes += plan.notes(config, loader.stats.bins)
     bins = config.micro_batch_size * config.gradient_accumulation_steps
     _line(console, f"a step trains {bins:,} bins of up to {config.sequence_len:,} tokens")
+    for note in notes:
+        _line(console, f"note: {note}")
 
 
 def _heading(console: Console, text: str) -> None:

@@ -150,6 +150,13 @@ def _form_by_columns(entry: DatasetEntry, columns: Collection[str], name: str) -
             "set `type:` to the one to use",
             file=name,
         )
+    if {"chosen", "rejected"} <= set(columns):
+        raise UserError(
+            f"the columns {_listed(columns)} are preference data, and preference tuning is not there yet",
+            "train on the chosen answers: `field_instruction: prompt`, `field_output: chosen`, or `field_messages: "
+            "chosen` where they are lists of turns",
+            file=name,
+        )
     raise UserError(
         f"the columns {_listed(columns)} fit no known form",
         "set `type:` (chat_template, sharegpt, alpaca, completion) and the columns to use, such as `type: alpaca`, "

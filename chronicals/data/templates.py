@@ -76,9 +76,10 @@ def choose(
         return chat_template, built_in(chat_template)
     if "{" in chat_template or chat_template.endswith((".jinja", ".j2")):
         return "jinja", _source(chat_template)
+    its_own = "" if own is None else f"{OWN} (this model has one), "
     raise UserError(
         f"unknown chat_template {chat_template!r}",
-        f"use {', '.join(MARKERS)}, {OWN}, or the path of a .jinja file",
+        f"use {its_own}{', '.join(MARKERS)}, or the path of a .jinja file",
     )
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from chronicals.config import TrainConfig
 
+FEW = 10  # steps
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -32,6 +34,17 @@ class Plan:
         if has_eval:
             evals = {0} | marks(total, steps_per_epoch, config.eval_steps, config.evals_per_epoch)
         return cls(total, steps_per_epoch, config.logging_steps, frozenset(saves), frozenset(evals))
+
+    def notes(self, config: TrainConfig, bins: int) -> list[str]:
+        """A line where the data make a run of a few steps that nobody asked for: little can be learnt in them."""
+        if config.max_steps is not None or self.total_steps >= FEW:
+            return []
+        each = config.micro_batch_size * config.gradient_accumulation_steps
+        return [
+            f"the whole run is {self.total_steps} optimizer step{'s' * (self.total_steps > 1)}: the data fill {bins} "
+            f"bins, and a step trains {each}; for more steps raise num_epochs, or lower sequence_len, "
+            "micro_batch_size or gradient_accumulation_steps"
+        ]
 
     def epoch(self, step: int) -> float:
         """Epochs done after `step`, rounded to what a log needs."""

@@ -206,6 +206,7 @@ def build(config: TrainConfig, start: Start, data: Data) -> Run:
             state.metrics_bytes = 0  # the rows before it are in the other run's file
 
     guard = _guard(config, start.dtype, model, optimizer, state.step)
+    notes += data.plan.notes(config, data.train.stats.bins)
     if config.activation_offloading and not offloads:
         notes.append("activation_offloading: off, as there is no GPU")
     gradients = Gradients(model, _trainable(model), accumulate=config.gradient_accumulation_steps > 1)

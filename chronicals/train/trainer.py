@@ -89,7 +89,9 @@ class Trainer:
         display = Display(self.console, data.plan.total_steps)
         finished = setup.is_finished(config, start, data.plan)
         if finished:
-            display.say(f"the run in {start.output_dir} is already finished: {finished.step} steps")
+            ends = finished.stopped_early or start.checkpoint is None
+            more = "" if ends else "; a larger num_epochs or max_steps goes on from there"
+            display.say(f"the run in {start.output_dir} is already finished: {finished.step} steps{more}")
             return _result("already finished", finished, start.output_dir)
         run = setup.build(config, start, data)
         display.header(setup.header(run), config.chosen, [*config.notes, *data.prepared.report.lines(), *run.notes])

@@ -93,6 +93,8 @@ def test_an_empty_question(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for prompt in (" ", None):
         with pytest.raises(UserError, match="the question is empty; give one with --prompt or on stdin"):
             ask(folder, prompt)
+        with pytest.raises(UserError, match="does not exist"):  # which is told before a question is waited for
+            ask(folder / "absent", prompt)
 
 
 def test_a_damaged_model_is_named(folder: Path, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_the_numbers(model: str) -> None:
     assert "   ffd           9 bins,  93.8% filled, 3 steps an epoch, 9 in all\n" in text
     assert "   none         40 bins,  21.1% filled, 10 steps an epoch, 30 in all\n" in text
     assert "a step trains 4 bins of up to 64 tokens\n" in text
+    assert "\nnote: the whole run is 9 optimizer steps: the data fill 9 bins, and a step trains 4; for more" in text
     assert f"kept in {Path.cwd() / 'cache' / 'chronicals' / 'prepared'}/" in text
     again = shown(asked)
     assert f"read from {Path.cwd() / 'cache'}" in again

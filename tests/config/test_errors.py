@@ -30,6 +30,16 @@ ERRORS = [
     ("fp16: true\nbf16: true", "c.yaml:4: fp16 and bf16 are both true; remove one of them"),
     ("trust_remote_code: true", "c.yaml:4: trust_remote_code is known but not supported; no code from a repository"),
     (
+        "rl: dpo\nseed: 1\ndeepspeed: x.json\nfsdp: [full_shard]",
+        "c.yaml:4: rl is known but not supported; remove it, or set it to null; nor is deepspeed (line 6), fsdp (",
+    ),
+    ("torch_dtype: bfloat16", "c.yaml:4: torch_dtype is known but not supported; use `bf16: true`, `fp16: true`, or"),
+    (
+        "train_on_inputs: true\nassistant_only_loss: true",
+        "c.yaml:5: assistant_only_loss and train_on_inputs are about the same; remove one of them",
+    ),
+    ("completion_only_loss: 2", "c.yaml:4: completion_only_loss must be true or false, not 2"),
+    (
         "optimizer: lion",
         "c.yaml:4: optimizer: lion is known but not supported; use one of adamw, adamw_bf16_sr, adamw_8bit, ",
     ),
@@ -170,6 +180,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         TrainConfig.load(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="is a folder; name the YAML file in it"):
         TrainConfig.load(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"is a folder; name .*/config\.yaml$"):
+        TrainConfig.load(tmp_path)
+    with pytest.raises(
+        UserError, match=r"x\.jsonl is data, not a job; write one: chronicals init --model MODEL --data "
+    ):
+        TrainConfig.load(tmp_path / "x.jsonl")
     (tmp_path / "latin.yaml").write_bytes(b"base_model: \xe9t\xe9")
     with pytest.raises(UserError, match=r"latin\.yaml: not UTF-8 text \(byte 12\); save it as UTF-8"):
         TrainConfig.load(tmp_path / "latin.yaml")

@@ -87,6 +87,8 @@ def test_an_alias_is_the_name_it_stands_for(load, alias: str, name: str) -> None
         ("optimizer: adamw_torch", "optimizer", "adamw"),
         ("optim: adamw_torch_fused", "optimizer", "adamw"),
         ("optim: adamw_bnb_8bit", "optimizer", "adamw_8bit"),
+        ("optimizer: paged_adamw_32bit", "optimizer", "adamw"),
+        ("optimizer: paged_adamw_8bit", "optimizer", "adamw_8bit"),
         ("optimizer: adamw_bf16_sr", "optimizer", "adamw_bf16_sr"),
         ("lr_scheduler_type: constant_with_warmup", "lr_scheduler", "constant"),
         ("gradient_checkpointing: true", "recompute", "full"),
@@ -246,6 +248,13 @@ gptq_groupsize:
     assert error("plugins: [axolotl.integrations.liger.LigerPlugin, my.Plugin]") == (
         "c.yaml:4: plugins is known but not supported; remove it, or set it to null"
     )
+
+
+def test_answers_alone_are_trained_under_trl_s_names_too(load) -> None:
+    for key in ("assistant_only_loss", "completion_only_loss"):
+        assert load(f"{key}: true") == load(f"{key}: null") == load("")
+        assert load(f"{key}: false").train_on_inputs
+    assert load("assistant_only_loss: true\ntrain_on_inputs: null") == load("")
 
 
 def test_warmup_steps_below_one_are_a_share(load, error) -> None:

@@ -161,6 +161,16 @@ def test_no_form_fits() -> None:
     )
 
 
+def test_preference_data_is_told_as_such() -> None:
+    with pytest.raises(
+        UserError, match=r"are preference data, and preference tuning is not there yet; train on the ch"
+    ):
+        form(["prompt", "chosen", "rejected"])
+    assert form(["chosen", "rejected"], field_messages="chosen").type == "chat_template"
+    pairs = form(["prompt", "chosen", "rejected"], field_instruction="prompt", field_output="chosen")
+    assert pairs.type == "alpaca"
+
+
 def test_a_column_that_is_not_there() -> None:
     with pytest.raises(UserError) as error:
         form(["question", "answer"], type="alpaca", field_instruction="question")

@@ -210,7 +210,7 @@ def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
         raising(monkeypatch, told, offline)
         message = complaint("org/name")
         assert "org/name is no folder here, is not in the local cache, and" in message
-        assert "hf download" in message
+        assert "hf download --repo-type dataset org/name" in message
 
 
 def test_a_split_or_subset_the_hub_repository_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

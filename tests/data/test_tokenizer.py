@@ -157,9 +157,12 @@ def test_wrong_template_names(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         templates.choose(tokenizer, "chatlm", None)
     assert str(error.value) == (
-        "unknown chat_template 'chatlm'; use chatml, llama3, gemma, mistral, alpaca, tokenizer_default, "
-        "or the path of a .jinja file"
+        "unknown chat_template 'chatlm'; use chatml, llama3, gemma, mistral, alpaca, or the path of a .jinja file"
     )
+    owner = load(folder).tokenizer
+    owner.chat_template = "{{ messages }}"
+    with pytest.raises(UserError, match=r"'qwen3'; use tokenizer_default \(this model has one\), chatml, llama3, "):
+        templates.choose(owner, "qwen3", None)
     with pytest.raises(UserError, match=r"chat template none\.jinja does not exist; give a Jinja template or the path"):
         templates.choose(tokenizer, "jinja", "none.jinja")
     (tmp_path / "latin1.jinja").write_bytes(b"{{ '\xe9' }}")

@@ -34,6 +34,17 @@ def test_defaults_save_and_evaluate_at_each_epochs_end() -> None:
     assert (p.total_steps, p.saves, p.evals) == (20, {10, 20}, {0, 10, 20})
 
 
+def test_a_run_of_few_steps_that_nobody_asked_for_is_told() -> None:
+    def notes(steps: int, **values: Any) -> list[str]:
+        config = TrainConfig(base_model="m", datasets=[{"path": "d"}], **values)
+        return Plan.of(config, steps, has_eval=False).notes(config, bins=5)
+
+    (note,) = notes(1, micro_batch_size=2, gradient_accumulation_steps=4)
+    assert note.startswith("the whole run is 1 optimizer step: the data fill 5 bins, and a step trains 8; for more ")
+    assert notes(3, num_epochs=3)[0].startswith("the whole run is 9 optimizer steps: ")
+    assert notes(5, num_epochs=2) == notes(1, max_steps=1) == []
+
+
 def test_epochs_may_be_a_fraction_and_max_steps_wins() -> None:
     assert plan(10, num_epochs=0.25).total_steps == 3
     assert plan(10, num_epochs=3, max_steps=7).total_steps == 7

@@ -130,7 +130,7 @@ def test_auto_starts_fresh_then_says_that_it_is_finished(folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
     result, text = helpers.run(config)
     assert (result.status, result.exit_code, result.steps) == ("already finished", 0, 3)
-    assert f"the run in {folder}/out is already finished: 3 steps" in text
+    assert f"the run in {folder}/out is already finished: 3 steps; a larger num_epochs or max_steps goes on" in text
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
 
 
