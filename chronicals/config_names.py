@@ -118,7 +118,7 @@ class Names:
         (path, mend), *others = keys
         for i, (other, _) in enumerate(others):
             place = self.source.place(other)
-            mend += f"{', ' if i else '; nor is '}{other[-1]}" + (
+            mend += f"{', ' if i else '; also not supported: '}{other[-1]}" + (
                 f" (line {place.line})" if place and place.line else ""
             )
         return self.source.error(path, f"{path[-1]} is known but not supported", mend)

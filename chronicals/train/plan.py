@@ -40,10 +40,10 @@ class Plan:
         if config.max_steps is not None or self.total_steps >= FEW:
             return []
         each = config.micro_batch_size * config.gradient_accumulation_steps
+        smaller = "sequence_len" + ", micro_batch_size or gradient_accumulation_steps" * (each > 1)
         return [
             f"the whole run is {self.total_steps} optimizer step{'s' * (self.total_steps > 1)}: the data fill {bins} "
-            f"bins, and a step trains {each}; for more steps raise num_epochs, or lower sequence_len, "
-            "micro_batch_size or gradient_accumulation_steps"
+            f"bins, and a step trains {each}; for more steps raise num_epochs, or lower {smaller}"
         ]
 
     def epoch(self, step: int) -> float:

@@ -31,7 +31,7 @@ ERRORS = [
     ("trust_remote_code: true", "c.yaml:4: trust_remote_code is known but not supported; no code from a repository"),
     (
         "rl: dpo\nseed: 1\ndeepspeed: x.json\nfsdp: [full_shard]",
-        "c.yaml:4: rl is known but not supported; remove it, or set it to null; nor is deepspeed (line 6), fsdp (",
+        "c.yaml:4: rl is known but not supported; remove it, or set it to null; also not supported: deepspeed (l",
     ),
     ("torch_dtype: bfloat16", "c.yaml:4: torch_dtype is known but not supported; use `bf16: true`, `fp16: true`, or"),
     (

@@ -41,6 +41,8 @@ def test_a_run_of_few_steps_that_nobody_asked_for_is_told() -> None:
 
     (note,) = notes(1, micro_batch_size=2, gradient_accumulation_steps=4)
     assert note.startswith("the whole run is 1 optimizer step: the data fill 5 bins, and a step trains 8; for more ")
+    assert note.endswith("raise num_epochs, or lower sequence_len, micro_batch_size or gradient_accumulation_steps")
+    assert notes(3)[0].endswith("raise num_epochs, or lower sequence_len")
     assert notes(3, num_epochs=3)[0].startswith("the whole run is 9 optimizer steps: ")
     assert notes(5, num_epochs=2) == notes(1, max_steps=1) == []
 
