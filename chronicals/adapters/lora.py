@@ -255,8 +255,10 @@ def add_lora(
         fresh: the adapters get their first values; else they are left for a file to fill.
 
     Raises:
-        UserError: there is no target.
+        UserError: there is no target, or an adapter already.
     """
+    if has_adapter(model):
+        raise UserError("the model has an adapter already", "load the base model again")
     _freeze(model, lora)
     generator = torch.Generator().manual_seed(seed)
     dropout = Dropout(lora.dropout, seed, model.head_weight.device, model.ops.dropout) if lora.dropout else None
@@ -265,7 +267,6 @@ def add_lora(
     for path, module in list(model.named_modules()):
         if not isinstance(module, Projection) or module is model.lm_head:
             continue
-        assert not isinstance(module, LoRAProjection), f"{path} has an adapter already"
         targets, start = {}, 0
         for name, rows in hf_views(model, {f"{path}.weight": module.weight.detach()}):
             target, part = name.removesuffix(".weight"), slice(start, start + len(rows))

@@ -234,16 +234,18 @@ def _same_base(adapter: Path, base: Path) -> Callable[[str, Tensor], None]:
     import torch
 
     from chronicals.adapters.merge import EMBEDDING, HEAD
+    from chronicals.models.hf import PEFT_PREFIX
     from chronicals.train.checkpoint import STATE_FILE
     from chronicals.train.digest import hex_digests
     from chronicals.train.state import load_state
 
     file = adapter / STATE_FILE
     known = load_state(file)["digests"] if file.is_file() else {}
+    heads = {HEAD, f"{PEFT_PREFIX}{HEAD}"}  # frozen, trained
 
     def check(name: str, tensor: Tensor) -> None:
         dtypes = dict.fromkeys((tensor.dtype, torch.bfloat16, torch.float32, torch.float16))
-        wanted = known.get(name, known.get(EMBEDDING) if name == HEAD else None)
+        wanted = known.get(EMBEDDING if name == HEAD and not heads & known.keys() else name)
         if wanted and not any(hex_digests([tensor.to(dtype)])[0] == wanted for dtype in dtypes):
             raise UserError(
                 f"it has other weights than the adapter was trained beside: {name} differs",

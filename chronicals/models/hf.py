@@ -201,13 +201,16 @@ def save_model(
         names: the tensors to write, by their Hugging Face names; all by default.
 
     Raises:
-        UserError: its projections are in 4 bits.
+        UserError: its projections are in 4 bits, or it has an adapter.
     """
     if any(isinstance(module, NF4Store) for module in model.modules()):
         raise UserError("a model in 4 bits is not saved", "save its adapter", file=Path(path))
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = dict(hf_views(model, {name: parameter.detach() for name, parameter in model.named_parameters()}))
+    if any(name.startswith(PEFT_PREFIX) for name in weights):
+        mend = "save the adapter (save_adapter), or make one model of both: chronicals merge"
+        raise UserError("a model with an adapter is not saved", mend, file=folder)
+    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor for name, tensor in weights.items() if names is None or name in names}
     dtype = dtype or model.embed_tokens.weight.dtype
     shards = _shards(weights, dtype, max_shard_size)

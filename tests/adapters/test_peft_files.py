@@ -21,7 +21,7 @@ from chronicals.adapters.lora import (
 from chronicals.adapters.peft_files import load_adapter, save_adapter
 from chronicals.commands.merge import merge
 from chronicals.errors import UserError
-from chronicals.models.hf import load_model
+from chronicals.models.hf import load_model, save_model
 from tests.adapters.peft_models import TOLERANCE, VARIANTS, plain
 from tests.kernels.numerics import relative_error
 from tests.models.test_parity import logits_and_loss, reference_logits_and_loss
@@ -178,6 +178,17 @@ def test_files_that_are_missing_or_damaged(base: tuple[str, Path], tmp_path: Pat
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match="this is not JSON"):
         load_adapter(load_model(base[1]), tmp_path)
+
+
+def test_one_adapter_and_apart_from_the_model(base: tuple[str, Path], tmp_path: Path) -> None:
+    ours, lora = load_model(base[1]), VARIANTS["q and v"]
+    add_lora(ours, lora)
+    save_adapter(ours, lora, tmp_path, base_model=str(base[1]))
+    with pytest.raises(UserError, match=r"adapter_config\.json: the model has an adapter already"):
+        load_adapter(ours, tmp_path)
+    with pytest.raises(UserError, match=r"/whole: a model with an adapter is not saved; save the adapter .*merge"):
+        save_model(ours, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,14 @@ def test_the_head_of_another_base_is_told(tmp_path: Path) -> None:
         merge(str(tmp_path / "out"), tmp_path / "again", base=str(other))
 
 
+def test_a_head_that_was_trained_takes_the_place_of_the_bases(tmp_path: Path) -> None:
+    """The run recorded the trained head, and not the one that it began with."""
+    helpers.make_model(tmp_path / "model", tie=False)
+    helpers.make_chats(tmp_path / "chats.jsonl")
+    helpers.run(helpers.make_config(tmp_path, adapter="lora", lora_modules_to_save=["lm_head"], max_steps=2))
+    assert merge(str(tmp_path / "out"), tmp_path / "merged").passed
+
+
 def test_the_layer_is_named(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = weights._merged_tensors
 
