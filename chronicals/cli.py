@@ -35,6 +35,8 @@ MENDS = {
     errno.EROFS: "choose a path that can be written",
     errno.ENOSPC: "free some space, or choose another disk",
     errno.EDQUOT: "free some space, or choose another disk",
+    errno.EFBIG: "raise the limit (ulimit -f), or choose another disk",
+    errno.ENAMETOOLONG: "choose a shorter path",
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
