@@ -125,8 +125,9 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     lengths = [max(1, length - i * length // max(1, documents - 1)) for i in range(documents)]
     streams = [torch.randint(config.vocab_size, (n,), generator=generator).to(device) for n in lengths]
-    theirs = _run_transformers(folder, streams, device)
+    # ours first: what is wrong with the files it says in one line
     ours = _run_ours(load(folder) if load else load_model(folder, device=device), streams)
+    theirs = _run_transformers(folder, streams, device)
     return VerifyReport(model, _compare(ours, theirs, tolerance))
 
 

@@ -73,6 +73,17 @@ def test_the_command_exits_1_and_prints_the_table(
     assert {"logits", "self_attn.q_proj.weight", "self_attn.k_proj.weight"} <= set(failed)
 
 
+def test_weights_that_are_not_there_or_cut_off_are_told(tmp_path: Path) -> None:
+    save_reference("llama", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        verify(str(tmp_path))
+    weights.unlink()
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        verify(str(tmp_path))
+
+
 def test_another_window_fails(tmp_path: Path) -> None:
     save_reference("mistral-window", tmp_path)
     load = altered(lambda config: replace(config, windows=(6,) * 3))
