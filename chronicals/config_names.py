@@ -18,6 +18,7 @@ from chronicals.config_docs import admits, bounds, choices, describe, hint, part
 from chronicals.config_yaml import KeyPath, Source
 from chronicals.errors import UserError, nearest
 
+_OWN_PROMPT = "write `type: alpaca`, its field_ keys beside that, and its format as a chat_template_jinja"
 _HELP = "docs/guide/config.md lists every key"
 _MISSING = {
     "base_model": "name a folder or a hub repository, such as `base_model: Qwen/Qwen2.5-0.5B`",
@@ -156,6 +157,8 @@ class Names:
         if isinstance(value, str) and value in tables.KNOWN_VALUES.get(field, ()):
             return self.error(path, f"{dotted}: {value} is known but not supported", f"use {describe(annotation)}")
         near = nearest(value, words) if isinstance(value, str) else None
+        if field == "type" and isinstance(value, dict):  # Axolotl's own prompts
+            return self.error(path, f"{dotted} must be {describe(annotation)}, not a mapping", _OWN_PROMPT)
         mend = f"did you mean {near!r}?" if near else _mend(annotation, value)
         return self.error(path, f"{dotted} must be {describe(annotation)}, not {_show(value)}", mend)
 

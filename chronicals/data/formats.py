@@ -181,6 +181,8 @@ def _parse_alpaca(data: dict[str, Any], form: RowFormat) -> Conversation:
     asked = "\n".join(part for part in (instruction, context) if part.strip())
     if not asked:
         raise BadRow(f"{_name('instruction', form)} is empty")
+    if data.get("history"):  # LLaMA-Factory's; without it the answer would be trained out of its context
+        raise BadRow("it has earlier turns in `history`, which are read from `messages` alone")
     return _conversation([{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], data, form)
 
 

@@ -128,6 +128,10 @@ def test_an_error_names_the_line_and_the_way_out(error, text: str, message: str)
             "c.yaml:5: datasets.1.type must be one of chat_template, sharegpt, alpaca, completion, not 'chatml'",
         ),
         (
+            "base_model: m\ndatasets:\n  - path: a\n    type: {field_instruction: q, format: '{instruction}'}",
+            "c.yaml:4: datasets.0.type must be one of chat_template, sharegpt, alpaca, completion, not a mapping; ",
+        ),
+        (
             "base_model: m\ndatasets:\n  - path: a\n    trust_remote_code: true",
             "c.yaml:4: trust_remote_code is known but not supported; no code from a repository is ever run",
         ),

@@ -113,6 +113,13 @@ def test_alpaca() -> None:
     assert messages(row | {"system": "Be brief"})[0] == {"role": "system", "content": "Be brief"}
 
 
+def test_alpaca_with_a_history_is_refused_not_cut_off() -> None:
+    row = {"instruction": "Add.", "output": "3", "history": []}
+    assert messages(row) == messages({"instruction": "Add.", "output": "3"})
+    with pytest.raises(UserError, match="it has earlier turns in `history`, which are read from `messages` alone"):
+        parse(row | {"history": [["Hi", "Hello"]]})
+
+
 def test_alpaca_with_named_columns_reads_questions_and_answers() -> None:
     row = {"question": "1 + 2?", "answer": "3"}
     expected = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "3"}]
