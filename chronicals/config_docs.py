@@ -149,7 +149,8 @@ Keys of an entry of `datasets` and of `test_datasets`.
 
 ## Other names
 
-Accepted in place of ours, so that most existing files run as they are. The same value under both names is an error.
+Accepted in place of ours, so that existing files run as they are where they ask for nothing that is not there. The same
+value under both names is an error.
 
 {aliases}
 
