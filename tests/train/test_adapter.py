@@ -18,8 +18,9 @@ from torch import Tensor
 
 from chronicals.adapters.joined import JoinedLoRA
 from chronicals.adapters.joined_variants import JoinedDoRA, JoinedDropout
+from chronicals.adapters.lora import adapter_tensors
 from chronicals.adapters.peft_files import load_adapter
-from chronicals.adapters.unfused import DoRAProjection, LoRAProjection
+from chronicals.adapters.unfused import DoRAProjection, Dropout, LoRAProjection
 from chronicals.config import TrainConfig
 from chronicals.errors import GuardError, UserError
 from chronicals.kernels.lora import LoRADropout
@@ -27,6 +28,7 @@ from chronicals.models.hf import load_model
 from chronicals.optim.adamw import AdamW
 from chronicals.train.adapter import add_adapter
 from chronicals.train.gradients import Gradients
+from chronicals.train.state import ADAPTER, TOLD
 from tests.kernels.numerics import relative_error
 from tests.models.test_parity import logits_and_loss, reference_logits_and_loss
 from tests.models.tiny import documents
@@ -192,6 +194,22 @@ def test_another_adapter_is_another_run(folder: Path, values: dict[str, Any], sa
     helpers.run(adapter_config(folder, max_steps=2, save_steps=1))
     with pytest.raises(UserError, match=re.escape(says)):
         helpers.run(adapter_config(folder, **({"max_steps": 3, "resume_from_checkpoint": "auto"} | values)))
+
+
+def test_no_key_of_an_adapter_is_forgotten_on_resume() -> None:
+    """Each is refused or told, but for those that say how it is computed."""
+    keys = {key for key in TrainConfig.model_fields if key.startswith(("lora_", "loraplus_", "peft_", "load_in_"))}
+    assert keys - {*ADAPTER, *TOLD} == {"lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel"}
+
+
+def test_the_seed_is_the_adapters_too(folder: Path) -> None:
+    first = []
+    for seed in (1, 1, 2):
+        model = load_model(folder / "model")
+        add_adapter(adapter_config(folder, seed=seed, lora_dropout=0.1), model, None)
+        first.append(adapter_tensors(model)["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"])
+        assert {module.seed for module in model.modules() if isinstance(module, Dropout)} == {seed}
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
 
 
 def test_a_base_model_that_changed_is_told(folder: Path) -> None:
