@@ -202,7 +202,7 @@ class JoinedLoRA(LoRAProjection):
             scaling: dict[str, Any] = {"alpha": self.alpha, "scales": self.scales}
             self.ops.lora_up_backward(d_out, b, self.blocks, **scaling, out=left[:, rows:], copy=u, rows=rstd)
             d_x = left @ joined[:, :columns] if read else None
-        self._adapter_grads(d_out, u, x, kept, gradients, norm)
+        self._adapter_grads(d_out, u, x, kept, gradients, norm=norm)
         return d_x
 
     def input_grad(self, d_out: Tensor) -> Tensor:
@@ -224,17 +224,17 @@ class JoinedLoRA(LoRAProjection):
     def _adapter_grads(
         self,
         d_out: Tensor,
-        u: Tensor,
-        x: Tensor,
+        u: Tensor | None,
+        x: Tensor | None,
         kept: Tensor,
         gradients: WeightGradients,
-        norm: Tensor | None = None,
+        **options: Tensor | None,
     ) -> None:
-        """Of A, B and the bias; `norm` as in `lora_grads`."""
+        """Of A, B and the bias; `options` of `lora_grads`."""
         pairs = [(a, b) for _, a, b in self.adapters()]
 
         def write(buffers: Sequence[Tensor | None], add: bool) -> None:
-            self.ops.lora_grads(d_out, u, x, kept, self.blocks, buffers[::2], buffers[1::2], add=add, norm=norm)
+            self.ops.lora_grads(d_out, u, x, kept, self.blocks, buffers[::2], buffers[1::2], add=add, **options)
 
         gradients.together([parameter for pair in pairs for parameter in pair], write)
         self.bias_grad(d_out, gradients)

@@ -134,17 +134,7 @@ class JoinedDropout(JoinedLoRA):
 
     def _weight_grads(self, partials: Tensor, d_out: Tensor, kept: Tensor, gradients: WeightGradients) -> None:
         """The gradients of its parameters; `partials` (R, parts, in): of all A."""
-        for block, (_, a, _) in zip(self.blocks, self.adapters(), strict=True):
-            if a.requires_grad:
-                gradients.sum(a, partials[block.ranks], self.ops.reduce_partials)
-
-        def write(buffers: Sequence[Tensor | None], add: bool) -> None:
-            # in the places of u and x is what is at hand: they are read for dA alone
-            none = [None] * len(self.blocks)
-            self.ops.lora_grads(d_out, kept, d_out, kept, self.blocks, none, buffers, add=add)
-
-        gradients.together([b for _, _, b in self.adapters()], write)
-        self.bias_grad(d_out, gradients)
+        self._adapter_grads(d_out, None, None, kept, gradients, parts=partials)
 
     def glu_backward(
         self,

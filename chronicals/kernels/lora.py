@@ -177,8 +177,8 @@ class LoRADropout:
                 The gradient of A is then made as `u' (M (x rstd norm)) = ((rstd u)' (M x)) norm`.
 
         Returns:
-            (R, parts, K) float32 (float64 for float64): the gradient of A in parts, for `reduce_partials`; rows of no
-            part hold nothing.
+            (R, parts, K) float32 (float64 for float64): the gradient of A in parts, for `lora_grads`; rows of no part
+            hold nothing.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
         partials = torch.zeros(a.shape[0], 1, a.shape[1], dtype=wide, device=x.device)

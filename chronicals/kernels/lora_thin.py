@@ -121,8 +121,8 @@ def lora_add_(
 
 def lora_grads(
     d_out: Tensor,
-    u: Tensor,
-    x: Tensor,
+    u: Tensor | None,
+    x: Tensor | None,
     t: Tensor,
     blocks: Sequence[Block],
     d_a: Sequence[Tensor | None],
@@ -130,20 +130,27 @@ def lora_grads(
     *,
     add: bool,
     norm: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> None:
-    """`dA = u' x` and `dB_i = dy_i' t_i`.
+    """`dA = u' x`, or the sum of its `parts`, and `dB_i = dy_i' t_i`.
 
     Args:
-        d_out: (T, out), u: (T, R), x: (T, in), t: (T, R): last stride 1.
+        d_out: (T, out), u: (T, R), x: (T, in), t: (T, R): last stride 1. u and x are None where there are `parts`.
         blocks: of the adapters.
         d_a: of each adapter (rank, in), contiguous, of d_out's dtype or float32: written. None: not wanted.
         d_b: of each adapter (columns, rank), likewise.
         add: to what is there.
         norm: (in,): columns of dA are times its elements. With u times 1 / rms of its row, x may be what a norm of that
             weight read: `u' norm(x) = ((u / rms)' x) norm`.
+        parts: (R or more, parts, in) float32 (float64 for float64), contiguous: dA in parts, as dropout's pass leaves
+            it (lora.py).
     """
     for block, da, db in zip(blocks, d_a, d_b, strict=True):
-        if da is not None:
+        if da is not None and parts is not None:
+            change = parts[block.ranks].sum(1)
+            da.copy_(da + change if add else change)
+        elif da is not None:
+            assert u is not None and x is not None
             if norm is None:
                 matmul_into(da, add, u[:, block.ranks].t(), x)
             else:

@@ -41,8 +41,15 @@ class Case:
         scales = torch.rand(self.room, device=options.get("device")) + 0.5
         self.scaling: dict[str, Any] = {"alpha": 0.5, "scales": None if alike else scales}
         self.rows = torch.rand(tokens, device=options.get("device")) + 0.5
-        self.norm: Tensor | None = None  # of `grads`
+        self.norm: Tensor | None = None  # of `grads`, as this
+        self.parts: Tensor | None = None
         self.options = options
+
+    def leave_parts(self, count: int) -> None:
+        """Of dA; NaN beyond the ranks."""
+        used = self.blocks[-1].ranks.stop
+        self.parts = torch.full((self.room, count, self.inputs), float("nan"), device=self.options.get("device"))
+        self.parts[:used] = torch.randn_like(self.parts[:used])
 
     def wide(self, tokens: int, width: int, options: dict[str, Any]) -> Tensor:
         """Room behind each row and one row behind the last, all NaN."""
@@ -83,19 +90,21 @@ class Case:
         return [found, kept], [before + rounded @ right.double(), scaled * self.rows[:, None]]
 
     def grads(
-        self, ops: Any, t: Tensor, u: Tensor, *, add: bool = False, kept: torch.dtype | None = None, frozen: int = -1
+        self, ops: Any, t: Tensor, u: Tensor, *, add: bool = False, kept: torch.dtype | None = None,
+        frozen: tuple[int, ...] = (),
     ) -> list[Tensor | None]:
-        """Of each adapter's A and B; `frozen` is the place of one that is not wanted."""
+        """Of each adapter's A and B; `frozen` are the places of those that are not wanted."""
         options = self.options | {"dtype": kept or self.options["dtype"]}
         shapes = [s for block in self.blocks for s in ((block.rank, self.inputs), (block.columns, block.rank))]
         flat = torch.full((sum(m * n + 16 for m, n in shapes),), 1.0 if add else float("nan"), **options)
         out, at = [], 16
         for i, (m, n) in enumerate(shapes):
-            out.append(None if i == frozen else flat[at : at + m * n].view(m, n))
+            out.append(None if i in frozen else flat[at : at + m * n].view(m, n))
             at += m * n + 16
         before = flat.clone()
         x, d = self.x[:-1, : self.inputs], self.d[:-1, : self.outputs]
-        ops.lora_grads(d, u, x, t, self.blocks, out[::2], out[1::2], add=add, norm=self.norm)
+        of_a = (u, x) if self.parts is None else (None, None)
+        ops.lora_grads(d, *of_a, t, self.blocks, out[::2], out[1::2], add=add, norm=self.norm, parts=self.parts)
         changed = sum(gradient.numel() for gradient in out if gradient is not None)
         same = (flat == before) | (flat.isnan() & before.isnan())
         assert int((~same).sum()) <= changed and bool(same[:16].all()), "written beside"
@@ -104,7 +113,8 @@ class Case:
     def exact_grads(self, t: Tensor, u: Tensor, *, add: bool = False) -> list[Tensor]:
         x, d, t, u = (m.double() for m in (self.x[:-1, : self.inputs], self.d[:-1, : self.outputs], t, u))
         norm = 1.0 if self.norm is None else self.norm.double()
-        pairs = [(u[:, b.ranks].t() @ x * norm, d[:, b.outputs].t() @ t[:, b.ranks]) for b in self.blocks]
+        of_a = u.t() @ x * norm if self.parts is None else self.parts.double().sum(1)
+        pairs = [(of_a[b.ranks], d[:, b.outputs].t() @ t[:, b.ranks]) for b in self.blocks]
         return [gradient + float(add) for pair in pairs for gradient in pair]
 
 

@@ -1,15 +1,17 @@
 """LoRA's gradients as a Triton kernel: dA and dB of all adapters of a projection in one launch.
 
 Its programs are of two kinds: tiles of dy for dB, and tiles of x for dA. lora_thin.py says how their sums over tokens
-are split.
+are split. Where dropout's pass has left dA in parts (lora_dropout.py), programs of a third kind add these up: beside
+dB's, which wait for memory, that costs no launch and little time.
 
-Left out: float32 (lora_thin.py), and dropout (lora_dropout.py).
+Left out: float32 (lora_thin.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,6 +33,7 @@ from chronicals.kernels.fused.lora_thin import (
 from chronicals.kernels.lora_thin import Block
 
 GRADS, GRADS_LONG = Config(128, 64, 4, 3, 1), Config(64, 128, 4, 4, 1)
+SUM_RANKS, SUM_COLUMNS, SUM_PARTS = 4, 128, 16  # of dA, a program that adds up parts; parts read at a time
 
 
 @triton.jit
@@ -75,11 +78,28 @@ def _store_grad(
 
 
 @triton.jit
+def _sum_of_parts(
+    PARTS: tl.tensor, parts: tl.tensor, rank: tl.tensor, ranks: tl.tensor, column: tl.tensor, columns: tl.tensor,
+    AT_ONCE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Of PARTS (ranks, parts, columns), contiguous, some ranks (SUM_RANKS, 1) and columns (1, SUM_COLUMNS)."""
+    inside = (rank < ranks) & (column < columns)
+    at = PARTS + rank.to(tl.int64) * parts * columns + column
+    total = tl.zeros((rank.shape[0], column.shape[1]), tl.float32)
+    for begin in range(0, parts, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):  # their loads do not wait for each other
+            total += tl.load(at + i * columns, mask=inside & (begin + i < parts), other=0.0)
+        at += AT_ONCE * columns
+    return total
+
+
+@triton.jit
 def lora_grads_kernel(
     D: tl.tensor,  # (tokens, ...), last stride 1, as all four
-    U: tl.tensor,  # (tokens, ranks)
+    U: tl.tensor,  # (tokens, ranks), or None, as X, with PARTS
     X: tl.tensor,  # (tokens, inputs)
     T: tl.tensor,  # (tokens, ranks)
+    PARTS: tl.tensor,  # (ranks, parts, inputs) float32, contiguous: DA's sums; or None
     NORM: tl.tensor,  # (inputs,), times which columns of DA are, or None
     DA0: tl.tensor,  # of each part: (rank, inputs), and (columns, rank), contiguous, or None
     DB0: tl.tensor,
@@ -90,6 +110,7 @@ def lora_grads_kernel(
     PARTIAL: tl.tensor,  # (splits, tiles, COLUMNS * the wider) float32, where SPLIT
     COUNTER: tl.tensor,  # (tiles,) int32, zeros, where SPLIT
     tokens: tl.tensor,
+    parts: tl.tensor,
     d_stride: tl.tensor,
     u_stride: tl.tensor,
     x_stride: tl.tensor,
@@ -118,14 +139,29 @@ def lora_grads_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    SUM_RANKS: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+    SUM_PARTS: tl.constexpr,
 ) -> None:
-    tiles_a = tl.cdiv(inputs, COLUMNS) * tl.cdiv(ranks, A_WIDTH)
+    tiles_a = tl.cdiv(inputs, COLUMNS) * tl.cdiv(ranks, A_WIDTH) if PARTS is None else 0
     tiles0 = tl.cdiv(columns0, COLUMNS) * tl.cdiv(rank0, B_WIDTH)
     tiles1 = tl.cdiv(columns1, COLUMNS) * tl.cdiv(rank1, B_WIDTH)
     tiles = tiles_a + tiles0 + tiles1 + tl.cdiv(columns2, COLUMNS) * tl.cdiv(rank2, B_WIDTH)
+    splits = tl.cdiv(tokens, chunk)
+    if PARTS is not None:
+        program = tl.program_id(0) - tiles * splits
+        if program >= 0:
+            strips = tl.cdiv(inputs, SUM_COLUMNS)
+            # what differs in shape has a name of its own in each branch
+            summed = program % strips * SUM_COLUMNS + tl.arange(0, SUM_COLUMNS)[None, :]
+            rank = program // strips * SUM_RANKS + tl.arange(0, SUM_RANKS)[:, None]
+            total = _sum_of_parts(PARTS, parts, rank, ranks, summed, inputs, SUM_PARTS)
+            _store_grad(total, DA0, rank - start0, rank0, summed, inputs, ADD)
+            _store_grad(total, DA1, rank - start1, rank1, summed, inputs, ADD)
+            _store_grad(total, DA2, rank - start2, rank2, summed, inputs, ADD)
+            return
     # programs that run at the same time have the same tokens: rows are read as they lie
     split, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    splits = tl.cdiv(tokens, chunk)
     begin = split * chunk
     end = tl.minimum(begin + chunk, tokens)
     across = tl.arange(0, COLUMNS)[None, :]
@@ -134,8 +170,7 @@ def lora_grads_kernel(
         PARTIAL += tile.to(tl.int64) * COLUMNS * (A_WIDTH if A_WIDTH > B_WIDTH else B_WIDTH)
         COUNTER += tile
 
-    # what differs in shape has a name of its own in each branch
-    if tile < tiles_a:
+    if tile < tiles_a if PARTS is None else False:
         strips = tl.cdiv(inputs, COLUMNS)
         column, rank_a = tile % strips * COLUMNS + across, tile // strips * A_WIDTH + tl.arange(0, A_WIDTH)[None, :]
         mine, d_at = _product(
@@ -175,8 +210,8 @@ def lora_grads_kernel(
 
 def lora_grads(
     d_out: Tensor,
-    u: Tensor,
-    x: Tensor,
+    u: Tensor | None,
+    x: Tensor | None,
     t: Tensor,
     blocks: Sequence[Block],
     d_a: Sequence[Tensor | None],
@@ -184,18 +219,19 @@ def lora_grads(
     *,
     add: bool,
     norm: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> None:
     """As `chronicals.kernels.lora_thin.lora_grads`, in one launch."""
-    assert x.dtype in DTYPES, f"no kernel for {x.dtype}"
-    config = GRADS_LONG if len(x) >= LONG else GRADS
-    launch_grads(config, d_out, u, x, t, blocks, d_a, d_b, add=add, norm=norm)
+    assert d_out.dtype in DTYPES, f"no kernel for {d_out.dtype}"
+    config = GRADS_LONG if len(d_out) >= LONG else GRADS
+    launch_grads(config, d_out, u, x, t, blocks, d_a, d_b, add=add, norm=norm, parts=parts)
 
 
 def launch_grads(
     config: Config,
     d_out: Tensor,
-    u: Tensor,
-    x: Tensor,
+    u: Tensor | None,
+    x: Tensor | None,
     t: Tensor,
     blocks: Sequence[Block],
     d_a: Sequence[Tensor | None],
@@ -203,38 +239,51 @@ def launch_grads(
     *,
     add: bool,
     norm: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> None:
     """`lora_grads`, cut as `config` says."""
-    tokens, inputs = x.shape
-    assert d_out.shape[0] == u.shape[0] == t.shape[0] == tokens
-    assert d_out.dtype == u.dtype == x.dtype == t.dtype
-    assert all(matrix.stride(1) == 1 for matrix in (d_out, u, x, t))
+    ranks, tokens = blocks[-1].start + blocks[-1].rank, len(d_out)
+    if parts is not None:
+        assert u is x is norm is None, "dA is there, in parts"
+        assert parts.shape[0] >= ranks and parts.dtype == torch.float32 and parts.is_contiguous()
+        inputs = parts.shape[2]
+    else:
+        assert u is not None and x is not None
+        assert u.shape[0] == x.shape[0] == tokens
+        inputs = x.shape[1]
+    wide = [matrix for matrix in (d_out, u, x, t) if matrix is not None]
+    assert len(t) == tokens
+    assert all(matrix.dtype == d_out.dtype and matrix.stride(1) == 1 for matrix in wide)
     for block, da, db in zip(blocks, d_a, d_b, strict=True):
         assert da is None or (da.shape == (block.rank, inputs) and da.is_contiguous())
         assert db is None or (db.shape == (block.columns, block.rank) and db.is_contiguous())
     assert norm is None or (norm.shape == (inputs,) and norm.is_contiguous())
-    ranks = blocks[-1].start + blocks[-1].rank
     if all(da is None for da in d_a):
         inputs = 0
     wanted = [block if db is not None else block._replace(columns=0) for block, db in zip(blocks, d_b, strict=True)]
     a_width, b_width = width_for(ranks), width_for(max(block.rank for block in blocks))
     strips = [triton.cdiv(block.columns, config.columns) * triton.cdiv(block.rank, b_width) for block in wanted]
-    tiles = triton.cdiv(inputs, config.columns) * triton.cdiv(ranks, a_width) + sum(strips)
-    if tiles == 0:
+    tiles, sums = sum(strips), 0
+    if parts is None:
+        tiles += triton.cdiv(inputs, config.columns) * triton.cdiv(ranks, a_width)
+    else:
+        sums = triton.cdiv(inputs, SUM_COLUMNS) * triton.cdiv(ranks, SUM_RANKS)
+    if tiles + sums == 0:
         return
-    most = max(1, config.programs * device_limits(x.device)[0] // tiles)
+    most = max(1, config.programs * device_limits(d_out.device)[0] // max(1, tiles))
     chunk = max(1, triton.cdiv(triton.cdiv(tokens, config.rows), most)) * config.rows
     splits = max(1, triton.cdiv(tokens, chunk))
     wider = max(a_width, b_width)
     outs = [out for pair in zip(d_a, d_b, strict=True) for out in pair]
-    lora_grads_kernel[(tiles * splits,)](
-        d_out, u, x, t, norm, *outs, *[None] * (2 * MOST_PARTS - len(outs)),
-        *workspace(x, tiles, splits * tiles * config.columns * wider, splits > 1),
-        tokens, d_out.stride(0), u.stride(0), x.stride(0), t.stride(0), chunk, inputs, ranks,
+    lora_grads_kernel[(tiles * splits + sums,)](
+        d_out, u, x, t, parts, norm, *outs, *[None] * (2 * MOST_PARTS - len(outs)),
+        *workspace(d_out, tiles, splits * tiles * config.columns * wider, splits > 1),
+        tokens, 0 if parts is None else parts.shape[1], d_out.stride(0), 0 if u is None else u.stride(0),
+        0 if x is None else x.stride(0), t.stride(0), chunk, inputs, ranks,
         *flat(wanted), ADD=add, SPLIT=splits > 1,
         COLUMN_ALIGN=divisor(n for block in wanted for n in (block.first, block.columns)),
         RANK_ALIGN=divisor(n for block in blocks for n in (block.start, block.rank)),
         A_WIDTH=a_width, B_WIDTH=b_width, ROWS=config.rows, COLUMNS=config.columns,
-        STAGES=stages(config, (config.columns + wider) * config.rows * x.element_size(), x.device),
-        num_warps=config.warps,
+        STAGES=stages(config, (config.columns + wider) * config.rows * t.element_size(), t.device),
+        SUM_RANKS=SUM_RANKS, SUM_COLUMNS=SUM_COLUMNS, SUM_PARTS=SUM_PARTS, num_warps=config.warps,
     )  # fmt: skip

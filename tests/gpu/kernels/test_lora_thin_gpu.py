@@ -59,13 +59,29 @@ def test_what_is_left_behind_a_matmul(name: str, tokens: int, forward: bool) -> 
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("frozen", [-1, 0, 3])
-def test_added(kept: torch.dtype, frozen: int) -> None:
+@pytest.mark.parametrize("frozen", [(), (0,), (3,)], ids=str)
+def test_added(kept: torch.dtype, frozen: tuple[int, ...]) -> None:
     case = Case(2051, 896, PARTS["qkv"], dtype=torch.bfloat16, device="cuda")
     case.norm = torch.randn(896, dtype=torch.bfloat16, device="cuda") if frozen else None
     t, _, u = case.thin(fused)
     found, exact = case.grads(fused, t, u, add=True, kept=kept, frozen=frozen), case.exact_grads(t, u, add=True)
     assert worst(found, exact) < {torch.float32: 1e-5, torch.bfloat16: 4e-3}[kept]
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [(), (2,), (1, 3, 5)], ids=str)
+@pytest.mark.parametrize(("count", "add"), [(1, True), (15, False), (75, True)])
+@pytest.mark.parametrize("name", ["qkv", "down", "odd ranks", "higher"])
+def test_parts_of_da_are_added_up(
+    name: str, count: int, add: bool, frozen: tuple[int, ...], kept: torch.dtype
+) -> None:
+    case = Case(2051, 4864 if name == "down" else 896, PARTS[name], dtype=torch.bfloat16, device="cuda")
+    t, _, u = case.thin(fused)
+    case.leave_parts(count)
+    found, exact = case.grads(fused, t, u, add=add, kept=kept, frozen=frozen), case.exact_grads(t, u, add=add)
+    assert worst(found, exact) < {torch.float32: 1e-5, torch.bfloat16: 4e-3}[kept]
+    again = case.grads(fused, t, u, add=add, kept=kept, frozen=frozen)
+    assert all(a is f or torch.equal(a, f) for a, f in zip(again, found, strict=True))  # type: ignore[arg-type]
 
 
 def test_two_graphs_share_the_counters() -> None:

@@ -70,21 +70,30 @@ def test_down(monkeypatch: pytest.MonkeyPatch, name: str, width: int, split: boo
 
 
 @pytest.mark.parametrize(
-    ("config", "parts", "widths", "split"),
+    ("config", "parts", "widths", "split", "summed"),
     [
-        (lora_grads.GRADS, 3, (128, 32), True),
-        (lora_grads.GRADS_LONG, 2, (64, 32), True),
-        (lora_grads.GRADS, 1, (32, 32), False),
+        (lora_grads.GRADS, 3, (128, 32), True, False),
+        (lora_grads.GRADS_LONG, 2, (64, 32), True, False),
+        (lora_grads.GRADS, 1, (32, 32), False, False),
+        (lora_grads.GRADS_LONG, 3, (128, 32), True, True),
     ],
 )
 def test_grads(
-    monkeypatch: pytest.MonkeyPatch, config: lora_thin.Config, parts: int, widths: tuple[int, int], split: bool
+    monkeypatch: pytest.MonkeyPatch,
+    config: lora_thin.Config,
+    parts: int,
+    widths: tuple[int, int],
+    split: bool,
+    summed: bool,
 ) -> None:
     outs = [f"{name}{part}" for part in range(3) for name in ("DA", "DB")]
-    signature = dict.fromkeys(("D", "U", "X", "T", "NORM", *outs[: 2 * parts]), "*bf16") | {"tokens": "i32"}
+    signature = dict.fromkeys(("D", "T", *outs[: 2 * parts]), "*bf16") | dict.fromkeys(("tokens", "parts"), "i32")
+    signature |= {"PARTS": "*fp32"} if summed else dict.fromkeys(("U", "X", "NORM"), "*bf16")
     sizes = ("d_stride", "u_stride", "x_stride", "t_stride", "inputs", "ranks")
     signature |= dict.fromkeys(sizes, "i32:16")
-    constexprs = dict.fromkeys(outs[2 * parts :]) | {"ADD": parts == 1, "A_WIDTH": widths[0], "B_WIDTH": widths[1]}
+    shape = {"SUM_RANKS": lora_grads.SUM_RANKS, "SUM_COLUMNS": lora_grads.SUM_COLUMNS}
+    shape |= {"SUM_PARTS": lora_grads.SUM_PARTS} | (dict.fromkeys(("U", "X", "NORM")) if summed else {"PARTS": None})
+    constexprs = shape | dict.fromkeys(outs[2 * parts :]) | {"ADD": parts == 1, "A_WIDTH": widths[0], "B_WIDTH": widths[1]}
     size = (config.columns + max(widths)) * config.rows * 2
     found = compiled(monkeypatch, lora_grads.lora_grads_kernel, signature, constexprs, config, size, split)
     assembly = found["sm_90"].assembly

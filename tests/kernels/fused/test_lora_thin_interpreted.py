@@ -87,11 +87,24 @@ def test_added(cut: object, kept: torch.dtype) -> None:
     assert worst(found, case.exact_grads(t, u, add=True)) < {torch.float32: 1e-6, torch.float16: 1e-3}[kept]
 
 
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("count", [1, 37])
+@pytest.mark.parametrize("frozen", [(), (2,), (1, 3, 5), (0, 2, 4)], ids=str)
+@pytest.mark.parametrize("name", ["ragged", "alike", "a part without", "more ranks than a tile has"])
+def test_parts_of_da_are_added_up(name: str, count: int, add: bool, frozen: tuple[int, ...]) -> None:
+    case = Case(*CASES[name], dtype=torch.float16)
+    t, _, u = case.thin(CHOSEN)
+    case.leave_parts(count)
+    found = case.grads(CHOSEN, t, u, add=add, kept=torch.float32, frozen=frozen)
+    assert worst(found, case.exact_grads(t, u, add=add)) < 1e-6
+    assert not lora_thin.counters(case.x.device).any()
+
+
 @pytest.mark.parametrize("frozen", [0, 3, 5])
 def test_a_frozen_one_is_left_out(frozen: int) -> None:
     case = Case(*CASES["ragged"], dtype=torch.float32)
     t, _, u = case.thin(SPLIT)
-    found = case.grads(SPLIT, t, u, frozen=frozen)
+    found = case.grads(SPLIT, t, u, frozen=(frozen,))
     assert found[frozen] is None and worst(found, case.exact_grads(t, u)) < 1e-6
 
 
