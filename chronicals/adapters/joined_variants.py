@@ -5,11 +5,10 @@ product, so that
 
     [dx | v] = dy [W, B], then dx += sum_i s_i M_i (v_i A_i)          dA_i = s_i v_i' (M_i x)
 
-whose second half is one pass over x and dx; where the tiles of the first matmul have no columns to spare, v is a thin
-one of its own. Where x was normed, what the norm read is enough (joined.py). Where x is a GLU's product, that pass
-makes it from gate and up and leaves their gradient. It makes it even where forward's is kept, by the GLU's own formula:
-on Hopper forward's, which came out of a matmul's kernel, differs from it in last bits, and what is kept must not show
-in the gradients. In evaluation mode it is `JoinedLoRA`.
+whose second half is one pass over x and dx. Where x was normed, what the norm read is enough (joined.py). Where x is a
+GLU's product, that pass makes it from gate and up and leaves their gradient. It makes it even where forward's is kept,
+by the GLU's own formula: on Hopper forward's, which came out of a matmul's kernel, differs from it in last bits, and
+what is kept must not show in the gradients. In evaluation mode it is `JoinedLoRA`.
 
 DoRA: y = c z + b, z what is joined, c = m / |W + s B A| worked out at the start of each micro-batch (`scaled_rows`).
 Backward needs y, or makes z again with one more matmul, and writes dz = c dy over it, with the room behind that u
@@ -23,7 +22,7 @@ Shapes: T tokens, R the sum of the ranks, rounded up; v (T, R).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +41,6 @@ class JoinedDropout(JoinedLoRA):
     """`JoinedLoRA` with dropout of its adapters' inputs while training."""
 
     t_wider = None  # it is of masked inputs
-    u_wider = 0  # a pass adds to dx anyway
     takes_unglued = True
 
     def __init__(self, base: Projection, targets: Mapping[str, Target], dropout: Dropout | None = None) -> None:
@@ -125,12 +123,12 @@ class JoinedDropout(JoinedLoRA):
         """dy W (T, in), where that is `read`; v = dy B (T, R); and all A, stacked (R, in)."""
         rows, columns = self.weight.shape
         joined = self.whole(weight=read)
-        if read and self.u_beside:
+        if read:  # a pass adds to dx anyway, and a tile more costs no more than another pass over dy
             d_x, v = (d_out @ joined[:rows]).split((columns, self.in_room), dim=1)
             return d_x, v, joined[rows:, :columns]
         v = d_out.new_empty(len(d_out), self.in_room)
         self.ops.lora_up_backward(d_out, joined[:rows, columns:], self.blocks, alpha=1.0, out=v)
-        return d_out @ joined[:rows, :columns] if read else None, v, joined[rows:, :columns]
+        return None, v, joined[rows:, :columns]
 
     def _weight_grads(self, partials: Tensor, d_out: Tensor, kept: Tensor, gradients: WeightGradients) -> None:
         """The gradients of its parameters; `partials` (R, parts, in): of all A."""

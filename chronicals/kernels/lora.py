@@ -22,7 +22,7 @@ from chronicals.kernels import glu
 from chronicals.kernels.glu_matmul import MatmulThenGLU
 from chronicals.kernels.philox import DROPOUT, philox4x32
 
-LANES = 8  # elements that share a call of Philox, 16 bits each
+LANES = 8  # elements that share a call of Philox, 16 bits each, of which 15 are used
 MOST_CALLS = 2**31  # for one mask: they are counted in 32 bits
 
 
@@ -55,9 +55,9 @@ def check_pairs(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def threshold(p: float) -> int:
-    """An element is dropped where its 16 random bits are below this: the dropout's probability in steps of 2^-16."""
+    """An element is dropped where its random bits are below this: the dropout's probability in steps of 2^-15."""
     assert 0 <= p < 1, f"dropout {p}"
-    return min(round(p * 2**16), 2**16 - 1)
+    return min(round(p * 2**15), 2**15 - 1)
 
 
 def dropout_mask(
@@ -73,10 +73,11 @@ def dropout_mask(
     """Which elements of an adapter's input are kept.
 
     Philox4x32, key `seed`, is called with the counters (call, stream, counter, DROPOUT). Element (t, k) has call
-    t * ceil(K / 8) + k // 8 and of its words the 16 bits from 16 (k % 8) on, the lowest of the first word first.
+    t * ceil(K / 8) + k // 8 and of its words the 15 bits from 16 (k % 8) on, the lowest of the first word first; with
+    the last of 16, a sign, they are a number of 16 bits, so that CUDA compares two at a time.
 
     Args:
-        p: the probability of being dropped, rounded to a multiple of 2^-16.
+        p: the probability of being dropped, rounded to a multiple of 2^-15.
         seed: the run's, up to 64 bits.
         stream: the adapter's number.
         counter: the micro-batch's number, an int64 () or (1,) where it is on the device.
@@ -89,7 +90,7 @@ def dropout_mask(
     assert tokens * calls < MOST_CALLS, f"no mask of {tokens} x {columns}"
     call = torch.arange(tokens * calls, device=device)
     words = torch.stack(philox4x32(call, stream, counter, DROPOUT, seed=seed), 1)
-    bits = torch.stack((words & 0xFFFF, words >> 16), 2).view(tokens, calls * LANES)[:, :columns]
+    bits = torch.stack((words & 0x7FFF, words >> 16 & 0x7FFF), 2).view(tokens, calls * LANES)[:, :columns]
     return bits >= threshold(p)
 
 

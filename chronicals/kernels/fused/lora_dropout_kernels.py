@@ -28,25 +28,72 @@ _ROWS, _COLUMNS = tl.constexpr(DX_ROWS), tl.constexpr(WARP_COLUMNS)
 
 
 @triton.jit
-def keeps(
-    call: tl.tensor, stream: tl.tensor, counter: tl.tensor, seed: tl.tensor, limit: tl.tensor
+def random_bits(
+    call: tl.tensor, stream: tl.tensor, counter: tl.tensor, seed: tl.tensor, PAIRS: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
-    """The mask (rows, columns) of a tile's calls (rows, columns / LANES); `limit` is the threshold in the upper half of
-    a word, as it is compared."""
+    """Those of a tile (rows, columns), uint16, of its calls (rows, columns / LANES)."""
     zero = call * 0
     r0, r1, r2, r3 = philox(seed, call, zero + stream, zero + counter, zero + _DROPOUT)
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3)).to(tl.uint32, bitcast=True)  # (..., 2, 2), in order
-    return tl.reshape(tl.join(words << 16, words) >= limit, (call.shape[0], call.shape[1] * _LANES))
+    if PAIRS:  # hides that some are half of a product, whose upper 16 bits LLVM would shift out of 64
+        words = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [words], dtype=tl.uint32, is_pure=True, pack=1)
+    halves = tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
+    return tl.reshape(halves, (call.shape[0], call.shape[1] * _LANES))
 
 
 @triton.jit
-def _piece(PIECES: tl.tensor, SCALES: tl.tensor, n: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
-    """First row of A, rows, stream, the threshold in the upper half of a word, and the scale."""
+def keeps(bits: tl.tensor, limit: tl.tensor) -> tl.tensor:
+    return (bits & 0x7FFF) >= limit
+
+
+@triton.jit
+def masked(x: tl.tensor, bits: tl.tensor, limit: tl.tensor, PAIRS: tl.constexpr) -> tl.tensor:
+    """x where it is kept, else 0."""
+    if PAIRS and x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 keep; abs.f16x2 keep, $2; set.geu.u32.f16x2 keep, keep, $3; and.b32 $0, $1, keep;}",
+            "=r,r,r,r", [x, bits, _everywhere(limit, bits)], dtype=x.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    return tl.where(keeps(bits, limit), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def _plus_masked(
+    total: tl.tensor, product: tl.tensor, bits: tl.tensor, limit: tl.tensor, scale: tl.tensor, PAIRS: tl.constexpr
+) -> tl.tensor:  # fmt: skip
+    """`total`, plus `scale` times the product where it is kept: float32."""
+    if PAIRS:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 size; .reg .pred first, second; abs.f16x2 size, $6; setp.geu.f16x2 first|second, size, $7;"
+            " mov.b32 $0, $2; mov.b32 $1, $3;"
+            " @first fma.rn.f32 $0, $4, $8, $0; @second fma.rn.f32 $1, $5, $9, $1;}",
+            "=&r,=&r,r,r,r,r,r,r,r,r",
+            [total, product, bits, _everywhere(limit, bits), tl.zeros_like(total) + scale],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    return total + tl.where(keeps(bits, limit), product, 0.0) * scale
+
+
+@triton.jit
+def _everywhere(limit: tl.tensor, like: tl.tensor) -> tl.tensor:
+    return tl.zeros_like(like) + limit.to(like.dtype)
+
+
+@triton.jit
+def _piece(
+    PIECES: tl.tensor, SCALES: tl.tensor, n: tl.tensor, start: tl.tensor, RANK: tl.constexpr, ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """First row of A, rows, stream, the threshold, and the scale; where all is `WHOLE`, rows are known without the
+    table, `start` being the first of the launch, so that loads of A and v do not wait for it."""
     at = PIECES + 4 * n
-    start, rank = tl.load(at), tl.load(at + 1)
+    stream, limit, scale = tl.load(at + 2), tl.load(at + 3).to(tl.uint16), tl.load(SCALES + n)
+    if WHOLE:
+        return start + n * RANK, RANK, stream, limit, scale
+    first, rank = tl.load(at), tl.load(at + 1)
     if ALIGNED:
-        start, rank = tl.multiple_of(start, 8), tl.multiple_of(rank, 8)
-    return start, rank, tl.load(at + 2), tl.load(at + 3).to(tl.uint32) << 16, tl.load(SCALES + n)
+        first, rank = tl.multiple_of(first, 8), tl.multiple_of(rank, 8)
+    return first, rank, stream, limit, scale
 
 
 @triton.jit
@@ -131,9 +178,11 @@ def lora_dropout_down_kernel(
     a_stride: tl.tensor,
     out_stride: tl.tensor,
     copy_stride: tl.tensor,
+    first_rank: tl.tensor,  # of the pieces, all
     RANK: tl.constexpr,
     ALIGNED: tl.constexpr,  # pieces begin at multiples of 8
-    WHOLE: tl.constexpr,  # no tile juts out of its matrix, and pieces have RANK rows
+    WHOLE: tl.constexpr,  # no tile juts out of its matrix, and pieces have RANK rows, one behind the other
+    PAIRS: tl.constexpr,  # two elements of 16 bits an instruction, as CUDA has them
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -142,7 +191,7 @@ def lora_dropout_down_kernel(
     row = tl.arange(0, ROWS)[:, None]
     here = row < tokens - first
     seed, counter = tl.load(SEED), tl.load(COUNTER).to(tl.int32)
-    start, rank, stream, limit, scale = _piece(PIECES, SCALES, piece, ALIGNED)
+    start, rank, stream, limit, scale = _piece(PIECES, SCALES, piece, first_rank, RANK, ALIGNED, WHOLE)
     first_call = (first + row) * tl.cdiv(columns, _LANES) + tl.arange(0, COLUMNS // _LANES)[None, :]
     X += first.to(tl.int64) * x_stride
     total = tl.zeros((ROWS, RANK), tl.float32)
@@ -150,8 +199,8 @@ def lora_dropout_down_kernel(
         column = begin + tl.arange(0, COLUMNS)[None, :]
         x = _load(X + row * x_stride + column, here & (column < columns), WHOLE)
         a = _load_a(A, start, rank, column, columns, a_stride, RANK, WHOLE)
-        keep = keeps(first_call + begin // _LANES, stream, counter, seed, limit)
-        total = tl.dot(tl.where(keep, x, 0.0).to(x.dtype), tl.trans(a), total, input_precision="ieee")
+        bits = random_bits(first_call + begin // _LANES, stream, counter, seed, PAIRS)
+        total = tl.dot(masked(x, bits, limit, PAIRS), tl.trans(a), total, input_precision="ieee")
     total *= scale
     _store_thin(total, OUT, out_stride, first, start, rank, here)
     if COPY is not None:
@@ -198,11 +247,13 @@ def lora_dropout_up_kernel(
     d_x_stride: tl.tensor,
     v_stride: tl.tensor,
     a_stride: tl.tensor,
+    first_rank: tl.tensor,
     ACTIVATION: tl.constexpr,  # None: X is x
     N_PIECES: tl.constexpr,
     RANK: tl.constexpr,
     ALIGNED: tl.constexpr,
-    WHOLE: tl.constexpr,  # no tile juts out of its matrix, and pieces have RANK rows
+    WHOLE: tl.constexpr,
+    PAIRS: tl.constexpr,
     STAGES: tl.constexpr,
     WARPS: tl.constexpr,
 ) -> None:
@@ -218,7 +269,7 @@ def lora_dropout_up_kernel(
     a: tl.tuple = ()
     d_a: tl.tuple = ()
     for n in tl.static_range(N_PIECES):
-        pieces += (_piece(PIECES, SCALES, n, ALIGNED),)
+        pieces += (_piece(PIECES, SCALES, n, first_rank, RANK, ALIGNED, WHOLE),)
         summed = first_column + _column_in_strip(strip, WARPS)
         a += (_load_a(A, pieces[n][0], pieces[n][1], summed, columns, a_stride, RANK, WHOLE),)
         d_a += (tl.zeros((_COLUMNS * WARPS, RANK), tl.float32),)
@@ -226,16 +277,16 @@ def lora_dropout_up_kernel(
         first, left = tl.full((), 0, tl.int64) + begin, tokens - begin
         mask = (row < left) & (column < columns)
         v: tl.tuple = ()
-        keep: tl.tuple = ()
+        bits: tl.tuple = ()
         for n in tl.static_range(N_PIECES):
-            start, rank, stream, limit, _ = pieces[n]
+            start, rank, stream, _, _ = pieces[n]
             v += (_load_v(V + first * v_stride, token, left, start, rank, v_stride, RANK, WHOLE),)
-            keep += (keeps(first_call + begin * calls, stream, counter, seed, limit),)
+            bits += (random_bits(first_call + begin * calls, stream, counter, seed, PAIRS),)
         dx_at = (DX + first * dx_stride) + (row * dx_stride + column)
         dx = _load(dx_at, mask, WHOLE).to(tl.float32)
         for n in tl.static_range(N_PIECES):
             product = _as_in_tile(tl.dot(v[n], a[n], input_precision="ieee"), WARPS)
-            dx += tl.where(keep[n], product, 0.0) * pieces[n][4]
+            dx = _plus_masked(dx, product, bits[n], pieces[n][3], pieces[n][4], PAIRS)
         if ACTIVATION is None:
             _store(dx_at, dx, mask, WHOLE)
         if PARTIAL is not None:  # behind dx, so that gate, up and slope do not wait for it in registers
@@ -247,12 +298,12 @@ def lora_dropout_up_kernel(
                 d_x_at = (D_X + first * d_x_stride) + (row * d_x_stride + column)
                 _store(d_x_at, dx * up * slope, mask, WHOLE)
                 _store(d_x_at + columns, dx * value, mask, WHOLE)
-                x = value * up
+                x = (value * up).to(V.dtype.element_ty)
             sums: tl.tuple = ()
             for n in tl.static_range(N_PIECES):
-                masked = _in_order(tl.where(keep[n], x, 0.0).to(V.dtype.element_ty), WARPS)
+                dropped = _in_order(masked(x, bits[n], pieces[n][3], PAIRS), WARPS)
                 scaled = _scaled(v[n], None if RSTD is None else RSTD + first, token, left, WHOLE)
-                sums += (tl.dot(tl.trans(masked), scaled, d_a[n], input_precision="ieee"),)
+                sums += (tl.dot(tl.trans(dropped), scaled, d_a[n], input_precision="ieee"),)
             d_a = sums
     if PARTIAL is not None:
         for n in tl.static_range(N_PIECES):
@@ -275,26 +326,40 @@ def lora_dropout_grad_kernel(
     columns: tl.tensor,
     x_stride: tl.tensor,
     v_stride: tl.tensor,
+    first_rank: tl.tensor,
+    N_PIECES: tl.constexpr,
     RANK: tl.constexpr,
     ALIGNED: tl.constexpr,
     WHOLE: tl.constexpr,
+    PAIRS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """The gradient of one piece's A alone."""
+    """The gradients of A alone."""
     seed, counter = tl.load(SEED), tl.load(COUNTER).to(tl.int32)
     row = tl.arange(0, ROWS)[:, None]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     calls = tl.cdiv(columns, _LANES)
     first_call = row * calls + tl.program_id(0) * (COLUMNS // _LANES) + tl.arange(0, COLUMNS // _LANES)[None, :]
-    start, rank, stream, limit, scale = _piece(PIECES, SCALES, tl.program_id(2), ALIGNED)
-    d_a = tl.zeros((COLUMNS, RANK), tl.float32)
+    pieces: tl.tuple = ()
+    d_a: tl.tuple = ()
+    for n in tl.static_range(N_PIECES):
+        pieces += (_piece(PIECES, SCALES, n, first_rank, RANK, ALIGNED, WHOLE),)
+        d_a += (tl.zeros((COLUMNS, RANK), tl.float32),)
     for begin in tl.range(tl.program_id(1) * ROWS, tokens, tl.num_programs(1) * ROWS, num_stages=STAGES):
         first, left = tl.full((), 0, tl.int64) + begin, tokens - begin
         x = _load((X + first * x_stride) + (row * x_stride + column), (row < left) & (column < columns), WHOLE)
-        v = _load_v(V + first * v_stride, row, left, start, rank, v_stride, RANK, WHOLE)
-        keep = keeps(first_call + begin * calls, stream, counter, seed, limit)
-        scaled = _scaled(v, None if RSTD is None else RSTD + first, row, left, WHOLE)
-        d_a = tl.dot(tl.trans(tl.where(keep, x, 0.0).to(x.dtype)), scaled, d_a, input_precision="ieee")
-    _store_partial(d_a, PARTIAL, NORM, start, rank, scale, column, columns)
+        v: tl.tuple = ()
+        for n in tl.static_range(N_PIECES):
+            v += (_load_v(V + first * v_stride, row, left, pieces[n][0], pieces[n][1], v_stride, RANK, WHOLE),)
+        sums: tl.tuple = ()
+        for n in tl.static_range(N_PIECES):
+            _, _, stream, limit, _ = pieces[n]
+            dropped = masked(x, random_bits(first_call + begin * calls, stream, counter, seed, PAIRS), limit, PAIRS)
+            scaled = _scaled(v[n], None if RSTD is None else RSTD + first, row, left, WHOLE)
+            sums += (tl.dot(tl.trans(dropped), scaled, d_a[n], input_precision="ieee"),)
+        d_a = sums
+    for n in tl.static_range(N_PIECES):
+        start, rank, _, _, scale = pieces[n]
+        _store_partial(d_a[n], PARTIAL, NORM, start, rank, scale, column, columns)

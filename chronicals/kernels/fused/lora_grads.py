@@ -32,8 +32,8 @@ from chronicals.kernels.fused.lora_thin import (
 )
 from chronicals.kernels.lora_thin import Block
 
-GRADS, GRADS_LONG = Config(128, 64, 4, 3, 1), Config(64, 128, 4, 4, 1)
-SUM_RANKS, SUM_COLUMNS, SUM_PARTS = 4, 128, 16  # of dA, a program that adds up parts; parts read at a time
+GRADS, GRADS_LONG = Config(128, 64, 4, 3, 1), Config(64, 64, 4, 5, 1)
+SUM_RANKS, SUM_COLUMNS, SUM_PARTS = 4, 128, 32  # of dA, a program that adds up parts; parts read at a time
 
 
 @triton.jit

@@ -74,7 +74,7 @@ def test_adapters_in_their_places(dtype: torch.dtype, rank: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 65, 2048, 16384])
-@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.96, 0.97, 0.999])  # above 31/32 not in pairs
 def test_masks_are_the_plain_ones(tokens: int, p: float) -> None:
     """A picks 64 columns, so that t is their part of the mask."""
     columns, first = 896, 448

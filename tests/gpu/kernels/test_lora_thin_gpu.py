@@ -72,9 +72,7 @@ def test_added(kept: torch.dtype, frozen: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("frozen", [(), (2,), (1, 3, 5)], ids=str)
 @pytest.mark.parametrize(("count", "add"), [(1, True), (15, False), (75, True)])
 @pytest.mark.parametrize("name", ["qkv", "down", "odd ranks", "higher"])
-def test_parts_of_da_are_added_up(
-    name: str, count: int, add: bool, frozen: tuple[int, ...], kept: torch.dtype
-) -> None:
+def test_parts_of_da_are_added_up(name: str, count: int, add: bool, frozen: tuple[int, ...], kept: torch.dtype) -> None:
     case = Case(2051, 4864 if name == "down" else 896, PARTS[name], dtype=torch.bfloat16, device="cuda")
     t, _, u = case.thin(fused)
     case.leave_parts(count)

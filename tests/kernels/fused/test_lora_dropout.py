@@ -11,7 +11,7 @@ from chronicals.kernels.fused import lora_dropout as fused
 from chronicals.kernels.fused import lora_dropout_kernels as kernels
 from tests.kernels.aot import TARGETS, compile_all
 
-TABLES = {"PIECES": "*i32", "SEED": "*i64", "COUNTER": "*i64", "tokens": "i32"}
+TABLES = {"PIECES": "*i32", "SEED": "*i64", "COUNTER": "*i64", "tokens": "i32", "first_rank": "i32:16"}
 STRIDES = ("columns", "x_stride", "a_stride")
 EXTREMES = {name: TARGETS[name] for name in ("sm_80", "sm_89", "gfx942")}  # in what they are given
 
@@ -23,6 +23,23 @@ def signature(kind: str, *strides: str) -> dict[str, str]:
 def constexprs(rank: int, whole: bool, rows: int | None = None, columns: int = fused.COLUMNS) -> dict[str, object]:
     tile = {} if rows is None else {"ROWS": rows, "COLUMNS": columns}
     return {"RANK": rank, "ALIGNED": True, "WHOLE": whole, "STAGES": fused.STAGES} | tile
+
+
+def compile_for(kernel: object, types: dict[str, str], given: dict[str, object], rank: int, kind: str) -> dict:
+    """Where elements of 16 bits go in pairs, and where they do not."""
+    targets = TARGETS if rank == 32 and kind == "*bf16" else EXTREMES
+    compiled = {}
+    for pairs in (True, False):
+        some = {name: target for name, target in targets.items() if name.startswith("sm_") is pairs}
+        options = {"num_warps": fused.WARPS, "targets": some}
+        compiled |= compile_all(kernel, types, given | {"PAIRS": pairs}, **options)
+    return compiled
+
+
+def check_pairs(assembly: str, masked: int, added: int) -> None:
+    """A thread's elements: so many masked, so many added to where they are kept."""
+    assert assembly.count("set.geu.u32.f16x2") == masked // 2
+    assert assembly.count("setp.geu.f16x2") == added // 2
 
 
 def loop_of(assembly: str) -> str:
@@ -43,12 +60,12 @@ def loop_of(assembly: str) -> str:
     ],
 )
 def test_down(rank: int, tile: tuple[int, int], kind: str, whole: bool) -> None:
-    compiled = compile_all(
+    compiled = compile_for(
         kernels.lora_dropout_down_kernel,
         signature(kind, "out_stride", "copy_stride") | {"OUT": kind, "COPY": kind, "SCALES": "*fp32"},
         constexprs(rank, whole, *tile),
-        num_warps=fused.WARPS,
-        targets=TARGETS if rank == 32 and kind == "*bf16" else EXTREMES,
+        rank,
+        kind,
     )
     if rank == 32 and kind == "*bf16":
         assert compiled["sm_90"].stack == 0
@@ -57,6 +74,7 @@ def test_down(rank: int, tile: tuple[int, int], kind: str, whole: bool) -> None:
         assert "cp.async.cg" in loop
         # what goes through shared memory is x, masked: 16 bytes at a time
         assert loop.count("st.shared") == tile[0] * tile[1] // (8 * 128)
+        check_pairs(loop, tile[0] * tile[1] // 128, 0)
 
 
 @pytest.mark.parametrize(
@@ -90,12 +108,10 @@ def test_up(pieces: int, rank: int, kind: str, dx: str, activation: str | None, 
         | {"V": kind, "A": kind, "SCALES": "*fp32"}
         | dict.fromkeys(("columns", "a_stride", "v_stride"), "i32:16")
     )
-    compiled = compile_all(
-        kernels.lora_dropout_up_kernel,
-        sizes | given | strides,
-        constexprs(rank, whole) | {"ACTIVATION": activation, "N_PIECES": pieces, "WARPS": fused.WARPS} | missing,
-        num_warps=fused.WARPS,
-        targets=TARGETS if rank == 32 and kind == "*bf16" else EXTREMES,
+    cut = {"STAGES": fused.UP_STAGES if activation is None else fused.STAGES, "WARPS": fused.WARPS}
+    how = cut | {"ACTIVATION": activation, "N_PIECES": pieces}
+    compiled = compile_for(
+        kernels.lora_dropout_up_kernel, sizes | given | strides, constexprs(rank, whole) | how | missing, rank, kind
     )
     if rank == 32 and kind == "*bf16":
         hopper = compiled["sm_90"]
@@ -107,22 +123,31 @@ def test_up(pieces: int, rank: int, kind: str, dx: str, activation: str | None, 
         # v where it is scaled
         tile = kernels.DX_ROWS * fused.STRIP // (8 * 128) + ("RSTD" in given)
         assert loop.count("st.shared") == (pieces * tile if grads else 0)
+        elements = pieces * kernels.DX_ROWS * fused.STRIP // 128
+        check_pairs(loop, elements if grads else 0, elements)
         assert "shfl" not in loop
 
 
 @pytest.mark.parametrize(
-    ("rank", "kind", "whole"), [(32, "*bf16", True), (32, "*bf16", False), (128, "*bf16", True), (16, "*fp32", False)]
+    ("pieces", "rank", "kind", "whole"),
+    [
+        (3, 32, "*bf16", True),
+        (1, 32, "*bf16", False),
+        (3, 64, "*bf16", True),
+        (1, 128, "*bf16", True),
+        (3, 16, "*fp32", False),
+    ],
 )
-def test_grad(rank: int, kind: str, whole: bool) -> None:
+def test_grad(pieces: int, rank: int, kind: str, whole: bool) -> None:
     rows = fused.FLOAT32_ROWS if kind == "*fp32" else fused.ROWS
-    compiled = compile_all(
+    compiled = compile_for(
         kernels.lora_dropout_grad_kernel,
         TABLES
         | {"X": kind, "V": kind, "RSTD": "*fp32", "NORM": kind, "PARTIAL": "*fp32", "SCALES": "*fp32"}
         | dict.fromkeys(("columns", "x_stride", "v_stride"), "i32:16"),
-        constexprs(rank, whole, rows),
-        num_warps=fused.WARPS,
-        targets=TARGETS if rank == 32 and kind == "*bf16" else EXTREMES,
+        constexprs(rank, whole, rows) | {"N_PIECES": pieces},
+        rank,
+        kind,
     )
     if rank == 32 and kind == "*bf16":
         hopper = compiled["sm_90"]
@@ -131,4 +156,5 @@ def test_grad(rank: int, kind: str, whole: bool) -> None:
         loop = loop_of(hopper.assembly)
         assert "ld.global.b16" not in loop
         assert "shfl" not in loop
-        assert loop.count("st.shared") == fused.ROWS * (fused.COLUMNS + rank) // (8 * 128)
+        assert loop.count("st.shared") == pieces * fused.ROWS * (fused.COLUMNS + rank) // (8 * 128)
+        check_pairs(loop, pieces * fused.ROWS * fused.COLUMNS // 128, 0)

@@ -93,7 +93,9 @@ def test_grads(
     signature |= dict.fromkeys(sizes, "i32:16")
     shape = {"SUM_RANKS": lora_grads.SUM_RANKS, "SUM_COLUMNS": lora_grads.SUM_COLUMNS}
     shape |= {"SUM_PARTS": lora_grads.SUM_PARTS} | (dict.fromkeys(("U", "X", "NORM")) if summed else {"PARTS": None})
-    constexprs = shape | dict.fromkeys(outs[2 * parts :]) | {"ADD": parts == 1, "A_WIDTH": widths[0], "B_WIDTH": widths[1]}
+    constexprs = (
+        shape | dict.fromkeys(outs[2 * parts :]) | {"ADD": parts == 1, "A_WIDTH": widths[0], "B_WIDTH": widths[1]}
+    )
     size = (config.columns + max(widths)) * config.rows * 2
     found = compiled(monkeypatch, lora_grads.lora_grads_kernel, signature, constexprs, config, size, split)
     assembly = found["sm_90"].assembly
