@@ -219,7 +219,10 @@ def fill_adapter(model: Decoder, folder: Path, *, taken_out: bool = False) -> No
 
 
 def _with_vocabulary(lora: LoRA, stored: Collection[str]) -> LoRA:
-    """With embedding and head where the file holds them beside what is saved; both are as tied as in the model."""
+    """With embedding and head where the file holds them beside what is saved; both are as tied as in the model, and
+    where that is said already, the one that is saved is the other too."""
+    if lora.ensure_weight_tying and any(lora.saves(_module(name)) for name in _VOCABULARY):
+        return lora
     added = [name for name in _VOCABULARY if name in stored and not lora.saves(_module(name))]
     saved = (*lora.modules_to_save, *(_module(name).rpartition(".")[2] for name in added))
     both = len(added) == len(_VOCABULARY)
