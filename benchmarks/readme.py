@@ -278,36 +278,42 @@ def layer_rows(layer: Mapping[str, Any]) -> list[list[str]]:
 
 # The plot
 
-BAR, GAP, LEFT, RIGHT, WIDTH = 18, 6, 330, 190, 960
+BAR, GAP, LONGEST, RIGHT, LETTER = 18, 6, 440, 190, 6.6  # pixels; the last on average, in 12 point
 OURS, THEIRS, TEXT = "#2563eb", "#9ca3af", "#6b7280"  # readable on a light and on a dark page
 
 
 def plot(works: Mapping[str, Any]) -> str:
     """Bars of tokens/s, a group for each work, as SVG; peers that fell short of what they were seen to reach are left
     out."""
-    parts, y = [], 8
+    parts, y, shown = [], 8, {}
     for work, section in works.items():
         arms = {
             name: speed(row)
             for name, row in green(section).items()
             if not (is_peer(name) and misconfigured(work, name, section))
         }
-        if not arms:
-            continue
+        if arms:
+            shown[work] = section, arms
+    label = {
+        (work, name): re.sub(r"\*\*", "", title(name, shown[work][0])) for work in shown for name in shown[work][1]
+    }
+    left = 16 + round(LETTER * max(map(len, label.values()), default=0))
+    for work, (section, arms) in shown.items():
         parts.append(_text(8, y + 13, section["title"], bold=True))
         y += 24
         for name, rate in sorted(arms.items(), key=lambda item: -item[1]):
-            length = (WIDTH - LEFT - RIGHT) * rate / max(arms.values())
+            length = LONGEST * rate / max(arms.values())
             colour = THEIRS if is_peer(name) else OURS
-            parts.append(_text(LEFT - 8, y + 13, re.sub(r"\*\*", "", title(name, section)), end=True))
-            parts.append(f'<rect x="{LEFT}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{colour}"/>')
+            parts.append(_text(left - 8, y + 13, label[work, name], end=True))
+            parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{colour}"/>')
             ratio = against(work, name, section)
             parts.append(
-                _text(LEFT + length + 6, y + 13, f"{rate:,.0f}" + (f" ({ratio} the best peer)" if ratio else ""))
+                _text(left + length + 6, y + 13, f"{rate:,.0f}" + (f" ({ratio} the best peer)" if ratio else ""))
             )
             y += BAR + GAP
         y += 10
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}" '
+    width = left + LONGEST + RIGHT
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" viewBox="0 0 {width} {y}" '
     head += 'font-family="sans-serif" font-size="12" role="img" aria-label="Tokens a second of a training step">'
     return "\n".join([head, *parts, "</svg>"]) + "\n"
 
