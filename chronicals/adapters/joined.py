@@ -57,7 +57,7 @@ class JoinedLoRA(LoRAProjection):
 
     Attributes:
         t_beside: whether forward makes t beside y, where the projection's output is not a GLU's input.
-        u_beside: whether backward makes u beside dx, where x is not a GLU's product.
+        u_beside: whether backward makes u beside dx, where x is not a GLU's product (v with dropout: always).
     """
 
     joined: Tensor

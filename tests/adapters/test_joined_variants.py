@@ -130,19 +130,29 @@ def test_nothing_unwritten_is_read(targets: str, kind: str, policy: Recompute) -
         assert all(bool(gradient.isfinite().all()) for gradient in gradients(model).values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bf16_is_as_near_to_float64_as_unfused(kind: str) -> None:
-    """In the middle: one rounding moves all gradients of a micro-batch, of one twice as far and of another half."""
-    ratios = []
-    for micro in range(3, 13 if kind == "dropout" else 4):
-        found = []
-        for dtype, which in ((torch.float64, 1), (torch.bfloat16, 0), (torch.bfloat16, 1)):
-            model = pair(MODELS[0], variant_of(kind), dtype)[which]
-            dropout_counter(model).fill_(micro)
-            found.append(gradients(model))
-        exact, joined, unfused = found
-        ratios += [relative_error(joined[name], g) / relative_error(unfused[name], g) for name, g in exact.items()]
-    assert statistics.median(ratios) < 1.2
+def errors_of_bf16(kind: str, micro: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each gradient of a micro-batch, from float64: joined, and not."""
+    found = []
+    for dtype, which in ((torch.float64, 1), (torch.bfloat16, 0), (torch.bfloat16, 1)):
+        model = pair(MODELS[0], variant_of(kind), dtype)[which]
+        dropout_counter(model).fill_(micro)
+        found.append(gradients(model))
+    exact, *others = found
+    joined, unfused = ({name: relative_error(other[name], g) for name, g in exact.items()} for other in others)
+    return joined, unfused
+
+
+def test_dora_in_bf16_is_as_near_to_float64_as_unfused() -> None:
+    joined, unfused = errors_of_bf16("dora", 3)
+    for measure in (sum, max):
+        assert measure(joined.values()) < 1.2 * measure(unfused.values())
+
+
+def test_dropout_in_bf16_is_as_near_to_float64_as_unfused() -> None:
+    """Each gradient in the middle of micro-batches: one rounding moves all of one, here twice as far, there half."""
+    errors = [errors_of_bf16("dropout", micro) for micro in range(20)]
+    middle = [statistics.median(joined[name] / unfused[name] for joined, unfused in errors) for name in errors[0][0]]
+    assert statistics.median(middle) < 1.1 and max(middle) < 1.3
 
 
 def test_dora_begins_with_scales_of_one_in_bf16() -> None:

@@ -41,12 +41,13 @@ def saved(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / name / "adapter_model.safetensors")
 
 
-def test_masks_are_those_of_the_cpu() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masks_are_those_of_the_cpu(dtype: torch.dtype) -> None:
     masks = []
     for device, ops in (("cpu", REFERENCE), ("cuda", fused())):
         dropout = Dropout(0.3, 2**40 + 7, torch.device(device), ops.dropout)
         dropout.counter.fill_(2**31 + 5)
-        masks.append(dropout(torch.ones(257, 1000, device=device), 11).cpu() != 0)
+        masks.append(dropout(torch.ones(257, 1000, device=device, dtype=dtype), 11).cpu() != 0)
     assert torch.equal(*masks)
 
 

@@ -37,7 +37,8 @@ from chronicals.kernels.lora import LANES, MOST_CALLS, LoRADropout, Part, thresh
 
 MOST_RANK, MOST_PIECES, MOST_RANKS = 128, 3, 192  # of a piece; of a launch; padded ranks of a launch
 TOGETHER = 64  # padded ranks of which a program makes dx and the gradients of A
-WARPS, STAGES, UP_STAGES = 4, 3, 4  # the last where dx is made, but for a GLU, which has more to load
+WARPS, STAGES = 4, 3
+DX_STAGES = 4  # of 16 bits, where dx is made, but for a GLU, which has more to load
 INFINITY = 0x7C00  # as a float16
 ROWS, COLUMNS = 64, 64  # of a tile in forward and for gradients of A alone
 WIDE_RANK = 64  # up to which tiles of forward may be twice as wide
@@ -147,11 +148,12 @@ class FusedLoRADropout(LoRADropout):
         strips = triton.cdiv(columns, STRIP)
         parts = up_parts(tokens, DX_ROWS, strips, dx.device, PROGRAMS) if partials is None else partials.shape[1]
         strides = [0 if tensor is None else tensor.stride(0) for tensor in (dx, x, d_x)]
+        stages = DX_STAGES if activation is None and v.element_size() == 2 else STAGES
         lora_dropout_up_kernel[(strips, parts)](
             dx, x, d_x, v, a, rstd, norm, partials, launch.pieces, launch.scales, self._seed, counter,
             tokens, columns, *strides, v.stride(0), a.stride(0), launch.start,
             ACTIVATION=activation, N_PIECES=launch.count, **launch.constants(tokens, DX_ROWS, columns, STRIP),
-            STAGES=UP_STAGES if activation is None else STAGES, WARPS=WARPS, num_warps=WARPS,
+            STAGES=stages, WARPS=WARPS, num_warps=WARPS,
         )  # fmt: skip
 
     def _grads(
@@ -175,8 +177,7 @@ class FusedLoRADropout(LoRADropout):
             x, v, rstd, norm, partials, launch.pieces, launch.scales, self._seed, counter,
             tokens, columns, x.stride(0), v.stride(0), launch.start,
             N_PIECES=launch.count, **launch.constants(tokens, rows, columns, COLUMNS), ROWS=rows, COLUMNS=COLUMNS,
-            STAGES=STAGES,
-            num_warps=WARPS,
+            STAGES=STAGES, num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def lora_grads_kernel(
     tiles0 = tl.cdiv(columns0, COLUMNS) * tl.cdiv(rank0, B_WIDTH)
     tiles1 = tl.cdiv(columns1, COLUMNS) * tl.cdiv(rank1, B_WIDTH)
     tiles = tiles_a + tiles0 + tiles1 + tl.cdiv(columns2, COLUMNS) * tl.cdiv(rank2, B_WIDTH)
-    splits = tl.cdiv(tokens, chunk)
+    splits = tl.maximum(tl.cdiv(tokens, chunk), 1)
     if PARTS is not None:
         program = tl.program_id(0) - tiles * splits
         if program >= 0:

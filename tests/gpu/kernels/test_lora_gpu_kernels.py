@@ -27,7 +27,15 @@ if torch.cuda.is_available():
 SEED, DTYPES = 1234, [torch.bfloat16, torch.float16, torch.float32]
 QKV = [Part(0, 32, 0.5, 0), Part(32, 32, 0.5, 1), Part(64, 32, 0.5, 2)]
 ODD = [Part(0, 7, 0.5, 9), Part(7, 130, 2.0, 10)]
-SHAPES = [(1, 896, QKV), (2048, 896, QKV), (777, 130, ODD), (2048, 4864, QKV[:1]), (4096, 896, QKV[:2])]
+HIGH = [Part(128 * n, 128, 0.5, n) for n in range(3)]  # a launch each
+SHAPES = [
+    (1, 896, QKV),
+    (2048, 896, QKV),
+    (777, 130, ODD),
+    (2048, 4864, QKV[:1]),
+    (4096, 896, QKV[:2]),
+    (2048, 896, HIGH),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +82,9 @@ def test_adapters_in_their_places(dtype: torch.dtype, rank: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 65, 2048, 16384])
-@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.96, 0.97, 0.999])  # above 31/32 not in pairs
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 31 / 32, 31 / 32 + 2**-15, 0.999])  # above 31/32 not in pairs
 def test_masks_are_the_plain_ones(tokens: int, p: float) -> None:
-    """A picks 64 columns, so that t is their part of the mask."""
+    """A picks 64 columns, so that t is their part of the mask; and so is what is added to dx, of other columns none."""
     columns, first = 896, 448
     a = torch.zeros(64, columns, device="cuda").bfloat16()
     a[:, first : first + 64] = torch.eye(64)
@@ -85,11 +93,16 @@ def test_masks_are_the_plain_ones(tokens: int, p: float) -> None:
     out = ours.down(x, a, counter(), out=torch.empty(tokens, 64, device="cuda").bfloat16())
     keep = dropout_mask(tokens, columns, p, seed=SEED, stream=5, counter=counter())
     assert torch.equal(out != 0, keep[:, first : first + 64])
+    dx, v = torch.zeros_like(x), torch.ones_like(out)
+    ours.up_(dx, x, v, a, counter())
+    assert torch.equal(dx[:, first : first + 64] != 0, keep[:, first : first + 64])
+    assert int((dx != 0).sum()) == int(keep[:, first : first + 64].sum())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dropout_both_halves(dtype: torch.dtype, shape: tuple[int, int, list[Part]]) -> None:
+def test_dropout_both_halves(dtype: torch.dtype, normed: bool, shape: tuple[int, int, list[Part]]) -> None:
     tokens, columns, parts = shape
     rank = sum(part.rank for part in parts)
     x, dx, a, u = (
@@ -104,12 +117,18 @@ def test_dropout_both_halves(dtype: torch.dtype, shape: tuple[int, int, list[Par
     assert relative_error(out, exact) <= 1.05 * relative_error(eager, exact) + 1e-6
 
     d_exact, d_eager, again = dx.double(), dx.clone(), dx.clone()
-    exact = plain.up_(d_exact, x.double(), u.double(), a.double(), counter()).sum(1)
-    eager = plain.up_(d_eager, x, u, a, counter()).sum(1)
-    partials = ours.up_(dx, x, u, a, counter())
+    factors = {}
+    if normed:
+        factors = {
+            "rstd": torch.rand(tokens, device="cuda") + 0.5,
+            "norm": torch.randn(columns, device="cuda").to(dtype),
+        }
+    exact = plain.up_(d_exact, x.double(), u.double(), a.double(), counter(), **factors).sum(1)
+    eager = plain.up_(d_eager, x, u, a, counter(), **factors).sum(1)
+    partials = ours.up_(dx, x, u, a, counter(), **factors)
     assert relative_error(dx, d_exact) <= 1.05 * relative_error(d_eager, d_exact) + 1e-6
     assert relative_error(partials.sum(1), exact) <= 1.05 * relative_error(eager, exact) + 1e-6
-    assert torch.equal(ours.up_(again, x, u, a, counter()), partials) and torch.equal(again, dx)
+    assert torch.equal(ours.up_(again, x, u, a, counter(), **factors), partials) and torch.equal(again, dx)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

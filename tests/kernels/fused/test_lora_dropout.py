@@ -89,6 +89,7 @@ def test_down(rank: int, tile: tuple[int, int], kind: str, whole: bool) -> None:
         (1, 128, "*bf16", "*bf16", "gelu", True, True),
         (3, 64, "*fp16", "*fp16", "gelu_tanh", True, False),
         (1, 32, "*fp32", "*fp32", "gelu", True, False),
+        (2, 32, "*fp32", "*fp32", None, True, True),
         (3, 16, "*fp32", "*fp32", None, False, False),
     ],
 )
@@ -108,7 +109,8 @@ def test_up(pieces: int, rank: int, kind: str, dx: str, activation: str | None, 
         | {"V": kind, "A": kind, "SCALES": "*fp32"}
         | dict.fromkeys(("columns", "a_stride", "v_stride"), "i32:16")
     )
-    cut = {"STAGES": fused.UP_STAGES if activation is None else fused.STAGES, "WARPS": fused.WARPS}
+    stages = fused.DX_STAGES if activation is None and kind != "*fp32" else fused.STAGES
+    cut = {"STAGES": stages, "WARPS": fused.WARPS}
     how = cut | {"ACTIVATION": activation, "N_PIECES": pieces}
     compiled = compile_for(
         kernels.lora_dropout_up_kernel, sizes | given | strides, constexprs(rank, whole) | how | missing, rank, kind

@@ -7,7 +7,7 @@ import torch
 
 from chronicals.kernels.fused import lora_dropout as fused
 from chronicals.kernels.fused.glu import glu_forward
-from chronicals.kernels.lora import LoRADropout, Part, dropout_mask
+from chronicals.kernels.lora import LoRADropout, Part, dropout_mask, threshold
 from tests.kernels.numerics import inside, relative_error
 
 SEED, COUNTER = 2**63 + 12345, torch.tensor([7])
@@ -81,21 +81,50 @@ def test_where_x_is_what_a_norm_read(count: int, read: bool, dtype: torch.dtype)
     assert torch.equal(dx, without) == read
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_whole_tiles(count: int) -> None:
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("count", "most", "size"),
+    [
+        (1, fused.MOST_RANKS, (64, 256)),
+        (2, fused.MOST_RANKS, (64, 256)),
+        (3, fused.MOST_RANKS, (64, 256)),
+        (3, 16, (64, 256)),  # a launch each, which begin at other rows of A
+        (2, fused.MOST_RANKS, (37, 256)),  # whole ranks, but tokens or columns are not
+        (2, fused.MOST_RANKS, (64, 250)),
+    ],
+)
+def test_whole_tiles(
+    monkeypatch: pytest.MonkeyPatch, count: int, most: int, size: tuple[int, int], normed: bool
+) -> None:
     """Without an edge, nothing is masked: the same as with one, but for how sums are cut."""
-    (tokens, columns), parts = (64, 256), [Part(16 * n, 16, 2.0 / (n + 1), n) for n in range(count)]
+    monkeypatch.setattr(fused, "MOST_RANKS", most)
+    (tokens, columns), parts = size, [Part(16 * n, 16, 2.0 / (n + 1), n) for n in range(count)]
     ours, plain = pair(parts, 0.3)
     sizes = ((tokens, columns), (tokens, columns), (16 * count, columns), (tokens, 16 * count))
     x, dx, a, v = (inside(torch.randn(size).half()) for size in sizes)
     exact = plain.down(x.double(), a.double(), COUNTER, out=torch.zeros(tokens, 16 * count, dtype=torch.float64))
     out = torch.full((tokens, 16 * count), float("nan"), dtype=torch.float16)
     assert relative_error(ours.down(x, a, COUNTER, out=out), exact) < 1e-3
+    factors = {"rstd": torch.rand(tokens) + 0.5, "norm": (torch.rand(columns) + 0.5).half()} if normed else {}
     d_exact = dx.double()
-    partials = plain.up_(d_exact, x.double(), v.double(), a.double(), COUNTER)
-    assert relative_error(ours.up_(None, x, v, a, COUNTER).sum(1), partials.sum(1)) < 1e-6
-    assert relative_error(ours.up_(dx, x, v, a, COUNTER).sum(1), partials.sum(1)) < 1e-6
+    partials = plain.up_(d_exact, x.double(), v.double(), a.double(), COUNTER, **factors)
+    tolerance = 1e-3 if normed else 1e-6  # v / rms is rounded
+    assert relative_error(ours.up_(None, x, v, a, COUNTER, **factors).sum(1), partials.sum(1)) < tolerance
+    assert relative_error(ours.up_(dx, x, v, a, COUNTER, **factors).sum(1), partials.sum(1)) < tolerance
     assert relative_error(dx, d_exact) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("p", "pairs"), [(0.0, True), (0.05, True), (31 / 32, True), (31 / 32 + 2**-15, False), (0.999, False)]
+)
+def test_bits_are_compared_in_pairs_up_to_infinity(p: float, pairs: bool) -> None:
+    """Every limit so far, as a number of 16 bits, divides all patterns as the integer does; the next is NaN."""
+    assert fused.takes_pairs(torch.device("cuda"), p) == pairs
+    assert not fused.takes_pairs(torch.device("cpu"), p)
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    limit = torch.tensor([threshold(p)], dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    kept = ~(patterns.view(torch.float16).abs() < limit)  # greater, equal or not a number
+    assert torch.equal(kept, patterns.int() % 2**15 >= threshold(p)) == pairs
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])

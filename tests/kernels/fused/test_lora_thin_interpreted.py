@@ -133,6 +133,9 @@ def test_no_tokens() -> None:
     assert t.numel() == copy.numel() == u.numel() == 0
     assert all(g is not None and not g.any() for g in case.grads(CHOSEN, t, u))
     assert all(g is not None and (g == 1).all() for g in case.grads(CHOSEN, t, u, add=True))
+    case.leave_parts(1)
+    assert worst(case.grads(CHOSEN, t, u)[::2], case.exact_grads(t, u)[::2]) < 1e-3
+    assert all(g is not None and not g.any() for g in case.grads(CHOSEN, t, u)[1::2])
     assert not case.added(CHOSEN, forward=True)[0][0].numel()
 
 
