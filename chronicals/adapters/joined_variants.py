@@ -116,7 +116,7 @@ class JoinedDropout(JoinedLoRA):
         assert self.dropout is not None
         d_x, v, a = self._through_weight(d_out, read=read)
         partials = self.masked.up_(d_x, x, v, a, self.dropout.counter, rstd=rstd, norm=norm)
-        self._weight_grads(partials, d_out, kept, gradients)
+        self._adapter_grads(d_out, None, None, kept, gradients, parts=partials)
         return d_x
 
     def _through_weight(self, d_out: Tensor, *, read: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -129,10 +129,6 @@ class JoinedDropout(JoinedLoRA):
         v = d_out.new_empty(len(d_out), self.in_room)
         self.ops.lora_up_backward(d_out, joined[:rows, columns:], self.blocks, alpha=1.0, out=v)
         return None, v, joined[rows:, :columns]
-
-    def _weight_grads(self, partials: Tensor, d_out: Tensor, kept: Tensor, gradients: WeightGradients) -> None:
-        """The gradients of its parameters; `partials` (R, parts, in): of all A."""
-        self._adapter_grads(d_out, None, None, kept, gradients, parts=partials)
 
     def glu_backward(
         self,
@@ -155,7 +151,7 @@ class JoinedDropout(JoinedLoRA):
         partials = self.masked.up_glu(
             d_product, gate_up, glu.activation, v, a, self.dropout.counter, d_gate_up=d_gate_up
         )
-        self._weight_grads(partials, d_out, kept, gradients)
+        self._adapter_grads(d_out, None, None, kept, gradients, parts=partials)
 
 
 class JoinedNF4Dropout(JoinedNF4LoRA, JoinedDropout):
