@@ -20,4 +20,4 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def _hidden(reporter: pytest.TerminalReporter) -> list[str]:
     """Node ids of skips and expected failures outside tests/gpu; under xdist the reports reach the controller alone."""
     reports = [*reporter.stats.get("skipped", []), *reporter.stats.get("xfailed", [])]
-    return sorted({r.nodeid for r in reports if not r.nodeid.startswith("tests/gpu")})
+    return sorted({r.nodeid for r in reports if not r.nodeid.startswith("tests/gpu/")})
